@@ -1,0 +1,13 @@
+"""Consumers: programs not written here that load an artifact. One file each; the registry maps containers to them."""
+
+from __future__ import annotations
+
+from eval.consumers import transformers_model
+from eval.consumers.base import Consumer
+
+CONSUMERS: dict[str, Consumer] = {
+    "safetensors": transformers_model.CONSUMER,
+    "gptq": transformers_model.CONSUMER,
+}
+
+__all__ = ["CONSUMERS", "Consumer"]

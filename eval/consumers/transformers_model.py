@@ -1,0 +1,107 @@
+"""Transformers as the consumer: FP16 directories as they are, GPTQ checkpoints through optimum and GPTQModel.
+
+GPTQ layers run on GPTQModel's plain torch kernel, which unpacks the codes and multiplies in the type of its input. It is
+chosen over the faster CPU kernel because that one computes in bfloat16 and would blur the comparison of variants.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.consumers.base import Consumer, LoadedArtifact
+from quantize.errors import InputError, one_line
+
+ENVIRONMENT = {
+    # GPTQModel compiles its torch kernel, once for each layer: minutes of compiling for seconds of arithmetic.
+    "TORCHDYNAMO_DISABLE": "1",
+    # Without a bound, GPTQModel starts more CPU workers than small machines survive.
+    "GPTQMODEL_CPU_WORKERS": "2",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@dataclass(frozen=True)
+class TransformersArtifact(LoadedArtifact):
+    """A loaded artifact that keeps transformers' own model object at hand."""
+
+    model: Any
+
+
+def load(directory: Path, device: str) -> TransformersArtifact:
+    """Load an artifact the way a user of transformers does, weights in the types they are stored in.
+
+    Raises:
+        InputError: transformers refuses it, or the packages its format needs are not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config_file = directory / "config.json"
+    if not config_file.exists():
+        raise InputError(f"{directory} is no model directory: it has no config.json")
+    quantization = json.loads(config_file.read_text()).get("quantization_config")
+    options: dict[str, Any] = {}
+    if quantization and quantization.get("quant_method") == "gptq":
+        options["quantization_config"] = _gptq_backend(quantization)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "the config's quantization_config will be used": it is the same one
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto", device_map={"": device}, local_files_only=True, **options
+            ).eval()
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ImportError, ValueError, OSError, KeyError, RuntimeError) as error:
+        raise InputError(f"transformers does not load {directory}: {one_line(error)}") from error
+    names = ["transformers", *(["gptqmodel"] if options else [])]
+    return TransformersArtifact(
+        consumer=" + ".join(f"{name} {metadata.version(name)}" for name in names),
+        tokenizer=tokenizer,
+        compute_dtype=str(model.dtype).removeprefix("torch."),
+        logits=_logits_of(model),
+        max_tokens=getattr(model.config, "max_position_embeddings", None) or 2**31,
+        model=model,
+    )
+
+
+def for_evaluation(loaded: LoadedArtifact) -> LoadedArtifact:
+    """The same model with all 16-bit tensors widened to float32, which is exact; codes stay packed."""
+    assert isinstance(loaded, TransformersArtifact)
+    # PreTrainedModel.float refuses quantized models; their scales are plain buffers, and widening them loses nothing.
+    nn.Module.float(loaded.model)
+    return TransformersArtifact(
+        consumer=loaded.consumer,
+        tokenizer=loaded.tokenizer,
+        compute_dtype="float32",
+        logits=_logits_of(loaded.model),
+        max_tokens=loaded.max_tokens,
+        model=loaded.model,
+    )
+
+
+def _logits_of(model: Any) -> Any:
+    @torch.inference_mode()
+    def logits(token_ids: Tensor) -> Tensor:
+        output: Tensor = model(input_ids=token_ids.to(model.device), use_cache=False).logits
+        return output
+
+    return logits
+
+
+def _gptq_backend(quantization: dict[str, Any]) -> Any:
+    try:
+        import gptqmodel  # noqa: F401
+        import optimum  # noqa: F401
+        from transformers import GPTQConfig
+    except ImportError as error:
+        raise InputError(f"loading a GPTQ checkpoint needs optimum and gptqmodel ({one_line(error)})") from error
+    return GPTQConfig(bits=quantization["bits"], backend="torch")
+
+
+CONSUMER = Consumer(load=load, for_evaluation=for_evaluation, environment=ENVIRONMENT)

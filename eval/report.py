@@ -1,0 +1,297 @@
+"""The honest table: what each variant weighs, how well it predicts and what it cost, as JSON, Markdown, HTML and PNG.
+
+Every writer reads the same report, so the four files cannot disagree; none holds a date: equal results, equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from eval.charts import model_name, pareto_front, render_chart
+from quantize.files import atomic_path, write_json, write_text
+
+Json = Mapping[str, Any]
+SCHEMA = 1
+_FRONT = "Pareto front: no other variant is smaller or equal and better or equal, ties aside"
+_NUM = ' class="num"'
+_h = html.escape
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """What was measured on one artifact, loaded back from disk.
+
+    ``bits``: nominal bits of the quantized layers (4, 16). ``bits_per_weight``: everything counted, weight-file bits
+    over parameters. ``compression``: baseline size over this size. ``ppl``: per-token perplexity; NaN or infinity says
+    that the variant diverged. ``ppl_ratio``: over the baseline's, None without one. ``seconds``: wall time of quantize
+    and export. ``consumer``: program and version that loaded the artifact. ``path``: the artifact, relative.
+    ``command``: the shell command that measures ``ppl`` again.
+    """
+
+    name: str
+    solver: str
+    container: str
+    bits: float
+    bits_per_weight: float
+    size_bytes: int
+    compression: float
+    peak_rss_bytes: int
+    ppl: float
+    ppl_ratio: float | None
+    seconds: float
+    consumer: str
+    path: str
+    command: str
+
+
+def build_report(variants: Sequence[VariantResult], *, model: Json, protocol: Json, environment: Json) -> dict[str, Any]:
+    """Gather results into the report: JSON values only, variants in the order given, ``pareto`` the front's names.
+
+    ``ppl`` and ``ppl_ratio`` that are not finite become null. ``model`` should hold a ``name``.
+
+    Raises:
+        ValueError: no variants, two of one name, or a NaN or infinity anywhere else.
+        TypeError: a value that JSON cannot hold.
+    """
+    names = [variant.name for variant in variants]
+    if not names:
+        raise ValueError("a report needs at least one variant")
+    if len(set(names)) < len(names):
+        raise ValueError(f"variant names must differ, got {names}")
+    rows = [asdict(item) | {"ppl": _finite(item.ppl), "ppl_ratio": _finite(item.ppl_ratio)} for item in variants]
+    report = {
+        "schema": SCHEMA,
+        "model": dict(model),
+        "protocol": dict(protocol),
+        "environment": dict(environment),
+        "variants": rows,
+        "pareto": pareto_front(rows),
+    }
+    # Through JSON and back: what is rendered is exactly what a reader of report.json gets.
+    return dict(json.loads(json.dumps(report, allow_nan=False)))
+
+
+def render_table(report: Json) -> Table:
+    """The report as a terminal table: plain characters, meant for a console of 100 columns or more.
+
+    Narrower ones fold the words (variant, consumer), never the figures.
+    """
+    caption = f"* {_FRONT}\nprotocol: {describe(report['protocol'])}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, show_edge=False)
+    table.caption, table.caption_justify, table.caption_style = Text(caption), "left", "dim"
+    for column in _COLUMNS:
+        heading = Text(column.title.replace(" (", "\n(").replace("/", "/\n").replace("compression", "compr."))
+        justify: JustifyMethod = "right" if column.numeric else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=column.numeric)
+    for row in report["variants"]:
+        cells = [Text(" ".join(column.show(row[column.field]).split())) for column in _COLUMNS]
+        cells[0].append(" *" if row["name"] in report["pareto"] else "")
+        table.add_row(*cells)
+    return table
+
+
+def write_report(report: Json, output_dir: Path) -> list[Path]:
+    """Write report.json, report.md, report.html and report.png below ``output_dir``, each atomically; their paths.
+
+    Everything is rendered before the first file is written.
+
+    Raises:
+        InputError: the disk is full, read-only or not ours to write to.
+    """
+    markdown, chart = render_markdown(report), render_chart(report)
+    page = render_html(report, chart)
+    paths = [output_dir / f"report.{suffix}" for suffix in ("json", "md", "html", "png")]
+    write_json(paths[0], report)
+    write_text(paths[1], markdown)
+    write_text(paths[2], page)
+    with atomic_path(paths[3]) as temporary:
+        temporary.write_bytes(chart)
+    return paths
+
+
+def render_markdown(report: Json) -> str:
+    """The report as GitHub Markdown; the chart is the relative image ``report.png``."""
+    rule = ["---:" if column.numeric else ":---" for column in _COLUMNS]
+    rows = []
+    for row in report["variants"]:
+        cells = [_md(column.show(row[column.field])) for column in _COLUMNS]
+        cells[0] += " ★" if row["name"] in report["pareto"] else ""
+        rows.append(cells)
+    table = [f"| {' | '.join(cells)} |" for cells in ([column.title for column in _COLUMNS], rule, *rows)]
+    blocks = [f"# Quantization report: {_md(model_name(report))}", f"Model: {_md(describe(report['model']))}"]
+    blocks += ["\n".join(table), f"★ {_FRONT}.", "![Artifact size against perplexity](report.png)"]
+    blocks += ["## Protocol", _md_list(report["protocol"]), "## How to reproduce"]
+    for row in report["variants"]:
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", row["command"])), default=0))
+        blocks += [f"### {_md(row['name'])}", _md(_provenance(row)), f"{fence}sh\n{row['command']}\n{fence}"]
+    return "\n\n".join([*blocks, "## Environment", _md_list(report["environment"])]) + "\n"
+
+
+def render_html(report: Json, chart: bytes) -> str:
+    """The report as one self-contained page; ``chart`` is the PNG to embed."""
+    head = "".join(
+        f'<th scope="col"{_NUM if column.numeric else ""}><button type="button">{_h(column.title)}</button></th>'
+        for column in _COLUMNS
+    )
+    commands = "".join(
+        f"<h3>{_h(row['name'])}</h3><p>{_h(_provenance(row))}</p><pre><code>{_h(row['command'])}</code></pre>"
+        for row in report["variants"]
+    )
+    return _PAGE.substitute(
+        name=_h(model_name(report)),
+        model=_h(describe(report["model"])),
+        head=head,
+        rows="\n".join(_html_row(row, row["name"] in report["pareto"]) for row in report["variants"]),
+        front=_h(_FRONT),
+        chart=base64.b64encode(chart).decode("ascii"),
+        protocol=_html_list(report["protocol"]),
+        commands=commands,
+        environment=_html_list(report["environment"]),
+    )
+
+
+def describe(values: Json) -> str:
+    """A mapping on one line: ``window 1,024; stride 512; bos true``."""
+    return "; ".join(f"{key} {_plain(value)}" for key, value in values.items())
+
+
+class _Column(NamedTuple):
+    title: str
+    field: str
+    show: Callable[[Any], str]
+    numeric: bool = True
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{100 * (value - 1):+.2f} %" if value < 1e3 else f"{100 * (value - 1):+.1e} %"
+
+
+_COLUMNS = (
+    _Column("variant", "name", str, numeric=False),
+    _Column("bits", "bits", lambda bits: f"{bits:g}"),
+    _Column("bits/weight", "bits_per_weight", lambda bits: f"{bits:.2f}"),
+    _Column("size (MB)", "size_bytes", lambda size: _number(size / 1e6, 1)),
+    _Column("compression", "compression", lambda factor: f"{factor:.2f}x"),
+    _Column("ppl", "ppl", lambda ppl: "diverged" if ppl is None else _number(ppl, 2)),
+    _Column("ratio", "ppl_ratio", _ratio),
+    _Column("peak RSS (MiB)", "peak_rss_bytes", lambda size: _number(size / 2**20, 0)),
+    _Column("time (s)", "seconds", lambda seconds: _number(seconds, 1)),
+    _Column("consumer", "consumer", str, numeric=False),
+)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _provenance(row: Json) -> str:
+    return f"{row['path']} (solver {row['solver']}, container {row['container']}, loaded by {row['consumer']})"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is, on one line, in a table cell too."""
+    return re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", " ".join(text.split()))
+
+
+def _md_list(values: Json) -> str:
+    return "\n".join(f"- {_md(key)}: {_md(_plain(value))}" for key, value in values.items()) or "(not recorded)"
+
+
+def _html_list(values: Json) -> str:
+    return "".join(f"<dt>{_h(key)}</dt><dd>{_h(_plain(value))}</dd>" for key, value in values.items())
+
+
+def _html_row(row: Json, on_front: bool) -> str:
+    cells = []
+    for column in _COLUMNS:
+        value = row[column.field]
+        text = _h(column.show(value))
+        if column.field == "name":
+            mark = ' <span class="mark" title="Pareto front">★</span>' if on_front else ""
+            cells.append(f'<th scope="row" data-value="{text}">{text}{mark}</th>')
+        else:
+            sort_key = "" if value is None else _h(str(value))
+            cells.append(f'<td{_NUM if column.numeric else ""} data-value="{sort_key}">{text}</td>')
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+_PAGE = Template("""\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Quantization report: $name</title>
+<style>
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1f2937; --soft: #5b6472; --line: #e3e6eb;
+  --accent: #2563eb }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #0f1319; --card: #181d26; --ink: #e5e9f0; --soft: #9aa4b2; --line: #2b323e; --accent: #7aa7ff } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 74rem; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif }
+h1 { margin: 0; font-size: 1.75rem; letter-spacing: -.02em } h2 { margin: 2.5rem 0 .75rem; font-size: 1.2rem }
+h3 { margin: 1.25rem 0 0; font-size: 1rem } p, dt, caption { color: var(--soft) } p { margin: .25rem 0 .75rem }
+.card { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); border-radius: 12px; background: var(--card) }
+table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+caption { caption-side: bottom; padding-top: .75rem; text-align: left; font-size: .85rem }
+th, td { padding: .5rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: baseline }
+th, .num { white-space: nowrap } .num { text-align: right } .mark { color: var(--accent) } h3:first-child { margin: 0 }
+tbody tr:hover { background: color-mix(in srgb, var(--accent) 8%, transparent) }
+th button { padding: 0; border: 0; background: none; color: var(--soft); font: inherit; cursor: pointer }
+[aria-sort=ascending] button::after { content: " ▲" } [aria-sort=descending] button::after { content: " ▼" }
+img { display: block; width: 100%; max-width: 54rem; margin: auto; border-radius: 8px }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 0 }
+dd { margin: 0; overflow-wrap: anywhere } pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }
+</style>
+</head><body>
+<header><h1>Quantization report: $name</h1><p>$model</p></header>
+<main>
+<div class="card" tabindex="0" role="region" aria-label="Results"><table>
+<caption>★ $front. Press a heading to sort.</caption>
+<thead><tr>$head</tr></thead>
+<tbody>$rows</tbody>
+</table></div>
+<h2>Size against quality</h2>
+<div class="card"><img alt="Artifact size against perplexity, as in the table" src="data:image/png;base64,$chart"></div>
+<h2>Protocol</h2><dl class="card">$protocol</dl>
+<h2>How to reproduce</h2><div class="card">$commands</div>
+<h2>Environment</h2><dl class="card">$environment</dl>
+</main>
+<script>
+const heads = [...document.querySelectorAll("thead th")], body = document.querySelector("tbody");
+heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
+  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1, key = row => row.cells[column].dataset.value;
+  heads.forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+  const compare = head.className ? (a, b) => a - b : (a, b) => a.localeCompare(b);
+  // Rows without a value stay last whichever way the others are sorted.
+  body.append(...[...body.rows].sort((a, b) => (key(a) === "") - (key(b) === "") || sign * compare(key(a), key(b))));
+}));
+</script>
+</body></html>
+""")

@@ -1,0 +1,13 @@
+"""Containers: the bytes on disk. One file each; a new container is one new file and one line below."""
+
+from __future__ import annotations
+
+from exports import dense, gptq
+from exports.base import Container
+
+CONTAINERS: dict[str, Container] = {
+    "safetensors": dense.CONTAINER,
+    "gptq": gptq.CONTAINER,
+}
+
+__all__ = ["CONTAINERS", "Container"]

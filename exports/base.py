@@ -1,0 +1,51 @@
+"""What every container is: a check, a writer, a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantize.grids import Grid, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a container writes; tensors are streamed.
+
+    Attributes:
+        config: the model's Hugging Face config.
+        dense: ``(name, tensor)`` of everything not quantized, in the checkpoint's own types.
+        quantized: ``(layer name, tensor)`` of every quantized layer.
+        grid: the grid of the quantized layers; None where nothing is quantized.
+        skipped: linear layers inside decoder blocks that were left unquantized.
+        options: solver facts worth recording in the artifact: ``desc_act``, ``damp_percent``, ``true_sequential``,
+            ``quantizer``.
+    """
+
+    config: Mapping[str, Any]
+    dense: Iterable[tuple[str, Tensor]]
+    quantized: Iterable[tuple[str, QuantizedTensor]]
+    grid: Grid | None
+    skipped: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A registry entry.
+
+    Attributes:
+        quantized: whether it holds quantized layers or only dense tensors.
+        check: ``(layer name, out_features, in_features, grid)``; raises InputError where the layer cannot be stored.
+        write: writes the model files (not the tokenizer) into an existing directory, which the caller makes atomic.
+        read: gives quantized layers and dense tensors back, by name.
+    """
+
+    quantized: bool
+    check: Callable[[str, int, int, Grid], None]
+    write: Callable[[Path, Artifact], None]
+    read: Callable[[Path], tuple[dict[str, QuantizedTensor], dict[str, Tensor]]]

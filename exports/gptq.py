@@ -1,0 +1,137 @@
+"""The GPTQ checkpoint container (format v1, as AutoGPTQ writes it and transformers, GPTQModel and vLLM read it).
+
+Each quantized layer ``L`` of shape ``[out, in]`` is stored as::
+
+    L.qweight  int32   [in * bits / 32, out]      codes, packed along the input dimension (see exports.packing)
+    L.qzeros   int32   [groups, out * bits / 32]  zero_point - 1, packed along the output dimension
+    L.scales   float16 [groups, out]
+    L.g_idx    int32   [in]                       group of each input column
+
+``config.json`` carries ``quantization_config`` with ``quant_method: gptq``; the same fields go to ``quantize_config.json``,
+where AutoGPTQ looks. All other tensors are stored as the source checkpoint has them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exports.base import Artifact, Container
+from exports.packing import pack_rows, unpack_rows, values_per_period
+from exports.shards import read_shards, write_shards
+from quantize.errors import InputError
+from quantize.grids import Grid, QuantizedTensor
+
+SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+def check(name: str, out_features: int, in_features: int, grid: Grid) -> None:
+    """Raise :class:`InputError` where a layer of this shape cannot be stored in this container on ``grid``."""
+    grid.check_divides(name, in_features)
+    period = values_per_period(grid.bits)
+    for label, size in (("in_features", in_features), ("out_features", out_features)):
+        if size % period:
+            raise InputError(
+                f"{label}={size} of {name} is not a multiple of {period}, as {grid.bits}-bit GPTQ packing needs; "
+                f"skip the layer (solver.skip) or use another container"
+            )
+
+
+def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The four stored tensors of one layer, by suffix (``qweight``, ``qzeros``, ``scales``, ``g_idx``)."""
+    if bool((tensor.zeros < 1).any()):
+        raise ValueError("zero points below 1 cannot be stored in GPTQ v1: zero_point - 1 would borrow from its neighbour")
+    bits = tensor.grid.bits
+    return {
+        "qweight": pack_rows(tensor.codes.t().contiguous(), bits),
+        "qzeros": pack_rows((tensor.zeros - 1).contiguous(), bits).t().contiguous(),
+        "scales": tensor.scales.t().contiguous().to(torch.float16),
+        "g_idx": tensor.g_idx.to(torch.int32),
+    }
+
+
+def unpack(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
+    """Inverse of :func:`pack`."""
+    return QuantizedTensor(
+        codes=unpack_rows(stored["qweight"], grid.bits).t().contiguous(),
+        scales=stored["scales"].t().contiguous(),
+        zeros=unpack_rows(stored["qzeros"].t().contiguous(), grid.bits) + 1,
+        g_idx=stored["g_idx"].to(torch.int32),
+        grid=grid,
+    )
+
+
+def quantization_config(grid: Grid, options: Mapping[str, Any], skipped: Sequence[str] = ()) -> dict[str, Any]:
+    """The ``quantization_config`` entry of config.json.
+
+    Args:
+        grid: the grid of every quantized layer.
+        options: solver facts worth recording: ``desc_act``, ``damp_percent``, ``true_sequential``, ``quantizer``.
+        skipped: full names of linear layers inside the blocks that stay dense.
+    """
+    quantization: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "sym": grid.symmetric,
+        "desc_act": bool(options.get("desc_act", False)),
+        "static_groups": False,
+        "true_sequential": bool(options.get("true_sequential", True)),
+        "damp_percent": float(options.get("damp_percent", 0.01)),
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [options.get("quantizer", "quantize")]},
+    }
+    if skipped:
+        # GPTQModel and vLLM leave layers alone that match a "-:" pattern.
+        quantization["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+    return quantization
+
+
+def write(directory: Path, artifact: Artifact) -> None:
+    """Write weights, ``config.json`` and ``quantize_config.json`` into an existing directory."""
+    if artifact.grid is None:
+        raise ValueError("a GPTQ checkpoint needs the grid of its layers")
+    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from artifact.dense
+        for layer, tensor in artifact.quantized:
+            for suffix, packed in pack(tensor).items():
+                yield f"{layer}.{suffix}", packed
+
+    write_shards(directory, tensors())
+    config = {**artifact.config, "quantization_config": quantization}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
+
+
+def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+    """Read a GPTQ checkpoint back: quantized layers and dense tensors, by name.
+
+    Raises:
+        InputError: no or another ``quantization_config``, or a layer lacks one of its tensors.
+    """
+    config = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    if config.get("quant_method") != "gptq" or config.get("checkpoint_format", "gptq") != "gptq":
+        raise InputError(f"{directory}/config.json does not describe a GPTQ v1 checkpoint (quant_method=gptq)")
+    grid = Grid(bits=config["bits"], group_size=config["group_size"], symmetric=config.get("sym", True))
+    stored = read_shards(directory)
+    layers = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
+    quantized = {}
+    for layer in layers:
+        missing = [suffix for suffix in SUFFIXES if layer + suffix not in stored]
+        if missing:
+            raise InputError(f"{directory}: layer {layer} lacks {', '.join(missing)}; the checkpoint is damaged")
+        quantized[layer] = unpack({suffix[1:]: stored.pop(layer + suffix) for suffix in SUFFIXES}, grid)
+    return quantized, stored
+
+
+CONTAINER = Container(quantized=True, check=check, write=write, read=read)

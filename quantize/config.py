@@ -1,0 +1,207 @@
+"""Structured configs: every key a recipe may set, its type, its default and what is allowed.
+
+Hydra checks keys and types against these dataclasses while composing; :func:`validate` checks values. Both happen before
+anything is loaded.
+
+Variants inherit: a variant's solver field that the recipe leaves out is an interpolation of the top-level ``solver`` field,
+so ``solver.bits=3`` on the command line reaches every variant that does not set its own bits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import II, MISSING, OmegaConf
+
+from quantize.errors import InputError
+
+STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report")
+CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
+QUALITIES = ("fast", "balanced", "best")
+ACTIVATIONS = ("memory", "disk")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass
+class ModelConfig:
+    """``model``: the checkpoint to quantize."""
+
+    path: str | None = None  # directory | FILE.gguf | hub id; null: the demo model
+    compute_dtype: str = "auto"  # of calibration forwards: auto | float32 | bfloat16 | float16
+
+
+@dataclass
+class CalibrationConfig:
+    """``calibration``: which text the solvers see."""
+
+    source: str = "builtin"
+    path: str | None = None  # text: file or glob; data sets: a local mirror instead of the hub
+    num_samples: int = 64
+    seq_len: int = 512
+    heldout_fraction: float = 0.2
+    chat_template: bool = False
+    activations: str = "memory"  # memory | disk (spill hidden states; slower, for models larger than RAM)
+    batch_tokens: int = 2048  # tokens in one forward
+
+
+@dataclass
+class SolverConfig:
+    """``solver``: how codes are chosen on the grid."""
+
+    name: str = "gptq"
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    desc_act: bool = True
+    damp_percent: float = 0.01
+    true_sequential: bool = True
+    block_size: int = 128
+    skip: list[str] = field(default_factory=list)
+
+
+@dataclass
+class VariantSolverConfig(SolverConfig):
+    """A variant's solver: whatever it does not set comes from the top-level ``solver``."""
+
+    name: str = II("solver.name")
+    bits: int = II("solver.bits")
+    group_size: int = II("solver.group_size")
+    symmetric: bool = II("solver.symmetric")
+    desc_act: bool = II("solver.desc_act")
+    damp_percent: float = II("solver.damp_percent")
+    true_sequential: bool = II("solver.true_sequential")
+    block_size: int = II("solver.block_size")
+    skip: list[str] = II("solver.skip")
+
+
+@dataclass
+class VariantConfig:
+    """One artifact: a solver and the container its numbers are written in."""
+
+    solver: VariantSolverConfig = field(default_factory=VariantSolverConfig)
+    container: str = "gptq"
+
+
+@dataclass
+class EvalConfig:
+    """``eval``: the perplexity protocol."""
+
+    text: str = "builtin"  # builtin (its held-out part) | FILE
+    windows: int = 16
+    seq_len: int = 1024
+    stride: int | None = None  # null: seq_len (windows do not overlap)
+    bos: bool = False
+
+
+@dataclass
+class RunConfig:
+    """The whole recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    variants: dict[str, VariantConfig] = field(default_factory=dict)
+    quality: str = "balanced"
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    output_dir: str = MISSING
+    device: str = "auto"
+    seed: int = 0
+    debug: bool = False
+    log_level: str = "info"
+
+
+def register_configs() -> None:
+    """Make the schema known to Hydra under the name ``schema``."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+
+
+def validate(composed: Any) -> RunConfig:
+    """Turn Hydra's composed config into a :class:`RunConfig` whose values are all possible.
+
+    Raises:
+        InputError: names the first key with an impossible value, what is allowed, and a value that would work.
+    """
+    config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
+    _one_of("quality", config.quality, QUALITIES)
+    _one_of("log_level", config.log_level, LOG_LEVELS)
+    for stage in config.stages:
+        _one_of("stages", stage, STAGES)
+    if not config.stages:
+        raise InputError(f"stages=[] runs nothing; name some of {', '.join(STAGES)}")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
+        raise InputError(f"device={config.device} is unknown; use auto, cpu, cuda, cuda:0 or mps")
+    if config.seed < 0:
+        raise InputError(f"seed={config.seed} is negative; use 0 or more")
+    _one_of("model.compute_dtype", config.model.compute_dtype, ("auto", "float32", "bfloat16", "float16"))
+    _check_calibration(config.calibration)
+    _check_eval(config.eval)
+    if not config.variants:
+        raise InputError("variants={} makes nothing; a recipe lists at least one variant")
+    for name, variant in config.variants.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise InputError(f"variants.{name}: a variant's name becomes a folder; use letters, digits, '.', '_' and '-'")
+        _check_variant(f"variants.{name}", variant)
+    return config
+
+
+def _check_calibration(config: CalibrationConfig) -> None:
+    _one_of("calibration.source", config.source, CALIBRATION_SOURCES)
+    _one_of("calibration.activations", config.activations, ACTIVATIONS)
+    if config.source == "text" and not config.path:
+        raise InputError("calibration=text needs calibration.path=FILE or a glob like 'texts/*.txt'")
+    if config.source == "builtin" and config.path:
+        raise InputError(f"calibration.path={config.path} is not used by calibration=builtin; say calibration=text as well")
+    _at_least("calibration.num_samples", config.num_samples, 1, 64)
+    _at_least("calibration.seq_len", config.seq_len, 2, 512)
+    _at_least("calibration.batch_tokens", config.batch_tokens, 1, 2048)
+    if not 0 < config.heldout_fraction < 1:
+        raise InputError(f"calibration.heldout_fraction={config.heldout_fraction} is not inside (0, 1); use 0.2")
+
+
+def _check_eval(config: EvalConfig) -> None:
+    _at_least("eval.windows", config.windows, 1, 16)
+    _at_least("eval.seq_len", config.seq_len, 2, 1024)
+    if config.stride is not None and not 1 <= config.stride <= config.seq_len:
+        raise InputError(f"eval.stride={config.stride} is not in 1..eval.seq_len={config.seq_len}; leave it null or halve it")
+
+
+def _check_variant(key: str, variant: VariantConfig) -> None:
+    # Late, because the registries import torch, and a wrong key elsewhere should be told at once.
+    from exports import CONTAINERS
+    from quantize.grids import Grid
+    from quantize.solvers import SOLVERS
+
+    solver = variant.solver
+    _one_of(f"{key}.solver.name", solver.name, tuple(SOLVERS))
+    _one_of(f"{key}.container", variant.container, tuple(CONTAINERS))
+    quantized = SOLVERS[solver.name].quantizes
+    if quantized != CONTAINERS[variant.container].quantized:
+        fits = [name for name, entry in CONTAINERS.items() if entry.quantized == quantized]
+        raise InputError(
+            f"{key}.container={variant.container} cannot hold what solver.name={solver.name} makes; use {' or '.join(fits)}"
+        )
+    if quantized:
+        Grid(solver.bits, solver.group_size, solver.symmetric)
+    if not 0 < solver.damp_percent < 1:
+        raise InputError(f"{key}.solver.damp_percent={solver.damp_percent} is not inside (0, 1); use 0.01")
+    _at_least(f"{key}.solver.block_size", solver.block_size, 1, 128)
+    for pattern in solver.skip:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{key}.solver.skip: {pattern!r} is no regular expression ({error})") from error
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{key}={value} is unknown; use one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: int, least: int, example: int) -> None:
+    if value < least:
+        raise InputError(f"{key}={value} is below {least}; use {example}")

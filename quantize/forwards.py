@@ -1,0 +1,206 @@
+"""Running a decoder block while its linear layers are being quantized.
+
+True sequential order means: the inputs of each group of layers come from a block whose earlier groups are quantized
+already. The plain way runs the block again from its start for every group (:func:`rerun_forward`; about 2.2 forwards' work
+in a Llama block). :func:`suspended_forward` runs it once: every batch of the calibration set is a greenlet that stops in
+front of a group's first layer; when all have stopped, the group's Hessian is complete, the group is quantized, and all go
+on with the new weights. Only tensors alive at the stop are kept (the residual stream and one intermediate result).
+
+Both feed the solver the same inputs in the same order and give the same result; the second needs less time, the first
+less memory, so the first serves when activations spill to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from quantize.blocks import Arguments, linear_layers
+
+Solve = Callable[[list[str], Tensor], None]  # (layers of one group, their Hessian): replaces the layers' weights
+Load = Callable[[int], Tensor]  # batch number -> hidden states [batch, tokens, hidden]
+Store = Callable[[int, Tensor], None]
+
+
+class Hessian:
+    """Accumulates ``H = 2/n * sum(x x^T)`` over input rows ``x`` in float32 (GPTQ, arXiv:2210.17323, section 3.1)."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Add inputs ``[..., in_features]``; each leading index is one sample."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self._sum is None:
+            self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        self._sum.addmm_(rows.t(), rows)
+        self._count += rows.shape[0]
+
+    def value(self) -> Tensor:
+        """The Hessian, float32 ``[in_features, in_features]``."""
+        if self._sum is None:
+            raise ValueError("no inputs were added")
+        return self._sum * (2.0 / self._count)
+
+
+class _Stop(Exception):
+    """Ends a forward early: the inputs it was run for have been seen."""
+
+
+def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """One forward of a decoder block: hidden states in, hidden states out, both ``[batch, tokens, hidden]``."""
+    args, kwargs = arguments
+    output = block(hidden, *args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return result
+
+
+@torch.no_grad()
+def find_groups(block: nn.Module, hidden: Tensor, arguments: Arguments) -> list[list[str]]:
+    """Names of the block's linear layers, grouped by shared input, in order of execution.
+
+    Layers that this forward does not reach are left out.
+    """
+    groups: list[list[str]] = []
+    seen: list[Tensor] = []  # keeps the inputs alive, so that identity is not fooled by reused memory
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            for group, tensor in zip(groups, seen, strict=True):
+                if tensor is args[0]:
+                    group.append(name)
+                    return
+            groups.append([name])
+            seen.append(args[0])
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(block).items()]
+    try:
+        run_block(block, hidden[:1], arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
+@torch.no_grad()
+def suspended_forward(
+    block: nn.Module,
+    groups: Sequence[list[str]],
+    batches: int,
+    load: Load,
+    store: Store,
+    arguments: Arguments,
+    solve: Solve,
+) -> None:
+    """Quantize ``block`` group by group in a single forward of every batch.
+
+    Args:
+        block: the decoder block; ``solve`` replaces its layers' weights.
+        groups: from :func:`find_groups`.
+        batches: number of batches.
+        load: gives a batch's hidden states.
+        store: takes a batch's output hidden states.
+        arguments: the block's other arguments.
+        solve: called once for each group, with complete statistics.
+    """
+    hub = getcurrent()
+    hessians = [Hessian() for _ in groups]
+    solved: set[int] = set()
+
+    def stop_at(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if number not in solved:
+                hessians[number].add(args[0])
+                hub.switch(number)
+
+        return hook
+
+    layers = linear_layers(block)
+    handles = [layers[group[0]].register_forward_pre_hook(stop_at(i)) for i, group in enumerate(groups)]
+    workers = [greenlet(lambda i: store(i, run_block(block, load(i), arguments))) for _ in range(batches)]
+    try:
+        # A switch returns the number of the group the worker stopped at, or None when its forward is through.
+        waiting: list[int | None] = [worker.switch(i) for i, worker in enumerate(workers)]
+        while any(stop is not None for stop in waiting):
+            number = min(stop for stop in waiting if stop is not None)
+            solve(groups[number], hessians[number].value())
+            hessians[number] = Hessian()
+            solved.add(number)
+            waiting = [worker.switch() if stop == number else stop for worker, stop in zip(workers, waiting, strict=True)]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def rerun_forward(
+    block: nn.Module,
+    groups: Sequence[list[str]],
+    batches: int,
+    load: Load,
+    store: Store,
+    arguments: Arguments,
+    solve: Solve,
+) -> None:
+    """As :func:`suspended_forward`, by running the block from its start up to each group, then once to its end."""
+    for group in groups:
+        for names, hessian in _collect(block, [group], batches, load, arguments, stop=True):
+            solve(names, hessian)
+    _finish(block, batches, load, store, arguments)
+
+
+@torch.no_grad()
+def parallel_forward(
+    block: nn.Module,
+    groups: Sequence[list[str]],
+    batches: int,
+    load: Load,
+    store: Store,
+    arguments: Arguments,
+    solve: Solve,
+) -> None:
+    """``true_sequential=false``: all statistics come from the unquantized block, in one pass; a second gives the output."""
+    for names, hessian in _collect(block, groups, batches, load, arguments, stop=False):
+        solve(names, hessian)
+    _finish(block, batches, load, store, arguments)
+
+
+def _collect(
+    block: nn.Module, groups: Sequence[list[str]], batches: int, load: Load, arguments: Arguments, stop: bool
+) -> list[tuple[list[str], Tensor]]:
+    hessians = [Hessian() for _ in groups]
+
+    def watch(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            hessian.add(args[0])
+            if stop:
+                raise _Stop
+
+        return hook
+
+    layers = linear_layers(block)
+    handles = [
+        layers[group[0]].register_forward_pre_hook(watch(hessian)) for group, hessian in zip(groups, hessians, strict=True)
+    ]
+    try:
+        for i in range(batches):
+            try:
+                run_block(block, load(i), arguments)
+            except _Stop:
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(group, hessian.value()) for group, hessian in zip(groups, hessians, strict=True)]
+
+
+def _finish(block: nn.Module, batches: int, load: Load, store: Store, arguments: Arguments) -> None:
+    for i in range(batches):
+        store(i, run_block(block, load(i), arguments))

@@ -1,0 +1,108 @@
+"""Step keys: for every step of a run, a hash of all that its outcome depends on.
+
+A finished step whose key is still the wanted one is not run again (:class:`quantize.manifest.Manifest`). Asking for a key
+demands that the steps before it are finished, so a stage run alone against an unfinished directory is told what it lacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from calibration.sources import matching_files
+from quantize.errors import InputError
+from quantize.manifest import Manifest, step_key, versions
+from quantize.run import Run
+from quantize.solvers import SOLVERS
+
+
+class StepKeys:
+    """The keys of one run's steps."""
+
+    def __init__(self, run: Run, manifest: Manifest) -> None:
+        self.run, self.manifest, self.config = run, manifest, run.config
+
+    def need(self, step: str, key: str) -> dict[str, Any]:
+        """The result of an earlier step, which must be finished under ``key``."""
+        if not self.manifest.finished(step, key):
+            stage = step.split("/")[0]
+            raise InputError(
+                f"{self.run.directory} has no finished {step} for these settings; add {stage} to stages, or name the "
+                "output_dir and settings it was made with"
+            )
+        return self.manifest.result(step)
+
+    def quantizes(self, name: str) -> bool:
+        """Whether a variant has a quantize step."""
+        return SOLVERS[self.config.variants[name].solver.name].quantizes
+
+    def load(self) -> str:
+        """The checkpoint's files, by name, size and time."""
+        files = self.run.checkpoint.fingerprint_files()
+        return step_key("load", [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+
+    def calibrate(self) -> str:
+        """The checkpoint's fingerprint (its tokenizer) and the text."""
+        settings = asdict(self.config.calibration)
+        for key in ("activations", "batch_tokens"):
+            settings.pop(key)
+        checkpoint = self.need("load", self.load())["fingerprint"]
+        return step_key("calibrate", checkpoint, settings, text_stamp(settings["path"]), self.config.seed)
+
+    def quantize(self, name: str) -> str:
+        """Checkpoint, solver, and calibration windows where the solver uses them."""
+        config, solver = self.config, self.config.variants[name].solver
+        parts: list[Any] = [self.need("load", self.load())["fingerprint"], asdict(solver)]
+        if SOLVERS[solver.name].needs_calibration:
+            parts.append(self.need("calibrate", self.calibrate())["fingerprint"])
+            parts += [config.calibration.batch_tokens, config.quality, config.model.compute_dtype, self.run.device.type]
+        return step_key("quantize", *parts)
+
+    def export(self, name: str) -> str:
+        """What was quantized, and the container."""
+        container = self.config.variants[name].container
+        if not self.quantizes(name):
+            return step_key("export", self.need("load", self.load())["fingerprint"], container)
+        key = self.quantize(name)
+        self.need(f"quantize/{name}", key)
+        return step_key("export", key, container)
+
+    def evaluate(self, name: str) -> str:
+        """The artifact's bytes and the protocol."""
+        self.need(f"export/{name}", self.export(name))
+        files = self.manifest.entry(f"export/{name}")["files"]
+        return step_key("evaluate", files, self.evaluation_arguments(), self._text_stamp(), versions())
+
+    def report(self) -> str:
+        """Every evaluation."""
+        names = list(self.config.variants)
+        keys = [self.evaluate(name) for name in names]
+        for name, key in zip(names, keys, strict=True):
+            self.need(f"evaluate/{name}", key)
+        return step_key("report", names, keys)
+
+    def _text_stamp(self) -> list[Any]:
+        return text_stamp(None if self.config.eval.text == "builtin" else self.config.eval.text)
+
+    def evaluation_arguments(self) -> list[str]:
+        """Options of ``python -m eval.perplexity`` that carry out the recipe's protocol."""
+        config = self.config.eval
+        arguments = ["--text", config.text, "--windows", str(config.windows), "--seq-len", str(config.seq_len)]
+        if config.stride is not None:
+            arguments += ["--stride", str(config.stride)]
+        if config.bos:
+            arguments.append("--bos")
+        if config.text == "builtin" or self._calibrated_on(config.text):
+            arguments += ["--part", "heldout", "--heldout-fraction", str(self.config.calibration.heldout_fraction)]
+        return [*arguments, "--device", str(self.run.device)]
+
+    def _calibrated_on(self, text: str) -> bool:
+        calibration = self.config.calibration
+        if calibration.source != "text" or calibration.path is None:
+            return False
+        return any(file.samefile(text) for file in matching_files(calibration.path))
+
+
+def text_stamp(path: str | None) -> list[Any]:
+    """Names, sizes and times of the files behind a text path: tells cheaply that a text has changed."""
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in matching_files(path)] if path else []

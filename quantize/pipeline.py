@@ -1,0 +1,234 @@
+"""The pipeline: which steps a recipe needs, which of them are finished, and running the rest in order.
+
+load -> calibrate -> quantize -> export -> evaluate -> report. The first two are one step each, the next three one step a
+variant. A step's key hashes what its outcome depends on, so a re-run does only what a change of recipe made stale, and a
+finished run does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from eval.consumers import CONSUMERS
+from eval.report import VariantResult, build_report, render_table, write_report
+from quantize import stages
+from quantize.config import STAGES, RunConfig
+from quantize.demo_model import demo_model
+from quantize.errors import InputError
+from quantize.files import disk_error, read_json, write_text
+from quantize.keys import StepKeys
+from quantize.manifest import Manifest, StepRecord, versions
+from quantize.run import Run
+from quantize.solvers import SOLVERS
+
+log = logging.getLogger(__name__)
+REPORT_FILES = ("report.json", "report.md", "report.html", "report.png")
+
+
+def run_pipeline(config: RunConfig) -> Path:
+    """Carry out ``config.stages`` in ``config.output_dir``; returns that directory.
+
+    Raises:
+        InputError: bad input of any kind.
+    """
+    directory = Path(config.output_dir)
+    _prepare(directory)
+    _check_stage_inputs(config)
+    run = Run(config, directory, config.model.path or str(demo_model()))
+    manifest = Manifest(directory)
+    pipeline = _Pipeline(run, manifest)
+    manifest.describe(recipe=_recorded(config), seed=config.seed)
+    recipe = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    if not (directory / "recipe.yaml").exists() or (directory / "recipe.yaml").read_text() != recipe:
+        write_text(directory / "recipe.yaml", recipe)
+    for stage in STAGES:
+        if stage in config.stages:
+            pipeline.run_stage(stage)
+    if pipeline.ran:
+        log.info("done: %s", directory)
+    else:
+        log.info("nothing to do: %s is finished and unchanged", directory)
+    if "report" in config.stages:
+        # Piped output has no width of its own; the table's figures need about 100 columns.
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(render_table(read_json(directory / "report.json")))
+        console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    return directory
+
+
+def _prepare(directory: Path) -> None:
+    """Make the run directory, see that it can be written to, and sweep up what a killed run left half-written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise disk_error(directory, error) or error from error
+    for leftover in [*directory.rglob(".*.tmp-*")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _check_stage_inputs(config: RunConfig) -> None:
+    """Refuse missing texts before any work starts."""
+    if config.eval.text != "builtin" and not Path(config.eval.text).is_file():
+        raise InputError(f"eval.text={config.eval.text} does not exist; give a text file or builtin")
+
+
+def _recorded(config: RunConfig) -> dict[str, Any]:
+    recipe = asdict(config)
+    # Where the run lives and how much it says do not decide what it makes.
+    for key in ("output_dir", "debug", "log_level", "stages"):
+        recipe.pop(key)
+    return recipe
+
+
+class _Pipeline:
+    """The steps of one run: their keys, and running those that are stale."""
+
+    def __init__(self, run: Run, manifest: Manifest) -> None:
+        self.run, self.manifest, self.config = run, manifest, run.config
+        self.keys = StepKeys(run, manifest)
+        self.ran = 0
+
+    def run_stage(self, stage: str) -> None:
+        """Run one stage's steps, as far as they are not finished."""
+        if stage in ("load", "calibrate", "report"):
+            self._step(stage, getattr(self.keys, stage)(), getattr(self, f"_{stage}"))
+            return
+        for name in self.config.variants:
+            if stage == "quantize" and not self.keys.quantizes(name):
+                continue
+            key = getattr(self.keys, stage)(name)
+            self._step(f"{stage}/{name}", key, functools.partial(getattr(self, f"_{stage}"), name, key))
+
+    def _step(self, step: str, key: str, action: Callable[[StepRecord], None]) -> None:
+        if self.manifest.finished(step, key):
+            log.debug("%s: finished", step)
+            return
+        log.info("%s ...", step)
+        with self.manifest.recording(step, key) as record:
+            action(record)
+        self.ran += 1
+        log.info("%s: %.1f s", step, self.manifest.entry(step)["seconds"])
+
+    # Actions.
+
+    def _load(self, record: StepRecord) -> None:
+        stages.load(self.run, record)
+
+    def _calibrate(self, record: StepRecord) -> None:
+        if any(SOLVERS[variant.solver.name].needs_calibration for variant in self.config.variants.values()):
+            stages.calibrate(self.run, record)
+
+    def _quantize(self, name: str, key: str, record: StepRecord) -> None:
+        stages.quantize(self.run, name, key, record)
+
+    def _export(self, name: str, key: str, record: StepRecord) -> None:
+        stages.export(self.run, name, record)
+
+    def _evaluate(self, name: str, key: str, record: StepRecord) -> None:
+        """Measure in a process of its own: the memory figure is the consumer's, and the printed command repeats it."""
+        output = self.run.work("evaluate", f"{name}.json")
+        command = [
+            sys.executable,
+            "-m",
+            "eval.perplexity",
+            str(self.run.artifact(name)),
+            *self.keys.evaluation_arguments(),
+        ]
+        command += ["--json", str(output), "--log-level", self.config.log_level]
+        environment = {**os.environ, **CONSUMERS[self.config.variants[name].container].environment}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH", "")]))
+        # Standard error is shared, so that the progress bar shows; on a pipe it is kept for the error message.
+        shared = sys.stderr.isatty()
+        result = subprocess.run(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=None if shared else subprocess.PIPE,
+            text=True,
+            env=environment,
+            check=False,
+        )
+        if result.returncode == 2:
+            message = "see above" if shared else result.stderr.strip().splitlines()[-1].removeprefix("ERROR: ")
+            raise InputError(f"evaluation of {name}: {message}")
+        if result.returncode:
+            raise RuntimeError(f"evaluation of {name} failed ({result.returncode}): {result.stderr or 'see above'}")
+        record.files = [output]
+        record.result = read_json(output)
+
+    def _report(self, record: StepRecord) -> None:
+        loaded = self.manifest.result("load")
+        evaluations = {name: self.manifest.result(f"evaluate/{name}") for name in self.config.variants}
+        baseline = next((name for name in self.config.variants if not self.keys.quantizes(name)), None)
+        reference = evaluations[baseline]["ppl"] if baseline else None
+        results = [self._variant_result(name, evaluations[name], loaded, reference) for name in self.config.variants]
+        protocol = {**next(iter(evaluations.values()))["protocol"]}
+        protocol["compute dtype"] = next(iter(evaluations.values()))["compute_dtype"]
+        protocol["size"] = "safetensors files"
+        protocol["peak RSS"] = "consumer process while loading"
+        model = {"name": Path(loaded["path"]).name, "path": loaded["path"], "parameters": loaded["parameters"]}
+        environment = {
+            **versions(),
+            "cpu": _cpu_name(),
+            "threads": str(torch.get_num_threads()),
+            "seed": str(self.config.seed),
+        }
+        report = build_report(results, model=model, protocol=protocol, environment=environment)
+        record.files = write_report(report, self.run.directory)
+
+    def _variant_result(
+        self, name: str, evaluation: dict[str, Any], loaded: dict[str, Any], reference: float | None
+    ) -> VariantResult:
+        variant, exported = self.config.variants[name], self.manifest.entry(f"export/{name}")
+        quantized = self.manifest.entry(f"quantize/{name}")["seconds"] if self.keys.quantizes(name) else 0.0
+        ppl = evaluation["ppl"] if evaluation["ppl"] is not None else float("inf")
+        artifact = os.path.relpath(self.run.artifact(name), self.run.directory)
+        arguments = shlex.join([str(self.run.artifact(name)), *self.keys.evaluation_arguments()])
+        return VariantResult(
+            name=name,
+            solver=variant.solver.name,
+            container=variant.container,
+            bits=exported["result"]["bits"],
+            bits_per_weight=exported["result"]["bits_per_weight"],
+            size_bytes=exported["result"]["size_bytes"],
+            compression=loaded["bytes"] / exported["result"]["size_bytes"],
+            peak_rss_bytes=evaluation["peak_rss_bytes"],
+            ppl=ppl,
+            ppl_ratio=ppl / reference if reference else None,
+            seconds=round(quantized + exported["seconds"], 3),
+            consumer=evaluation["consumer"],
+            path=artifact,
+            command=f"python -m eval.perplexity {arguments}",
+        )
+
+
+def _package_root() -> str:
+    return str(Path(__file__).resolve().parent.parent)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,172 @@
+"""The stages that make artifacts: load, calibrate, quantize, export. They talk through files in the run directory.
+
+Each function takes a :class:`Run`, does one step, and fills its :class:`StepRecord`. Deciding whether a step has to run at all
+is :mod:`quantize.pipeline`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from calibration.sources import load_text
+from calibration.windows import pack_windows
+from exports import CONTAINERS
+from exports.base import Artifact
+from quantize import __version__
+from quantize.config import VariantConfig
+from quantize.errors import InputError
+from quantize.files import atomic_directory, files_below, sha256_file, sha256_json, write_tensors
+from quantize.logs import progress
+from quantize.manifest import StepRecord
+from quantize.quantizer import BlockFiles, quantize_blocks, skipped
+from quantize.run import Run, grid_of
+
+log = logging.getLogger(__name__)
+
+
+def load(run: Run, record: StepRecord) -> None:
+    """Read the checkpoint once: hash its files, refuse NaN and infinity, and check that the tokenizer fits.
+
+    Raises:
+        InputError: damaged or unusable checkpoint.
+    """
+    checkpoint = run.checkpoint
+    stored_bytes = 0
+    for name in progress(checkpoint.names(), "load"):
+        tensor = checkpoint.tensor(name)
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{checkpoint.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+        stored_bytes += tensor.numel() * tensor.element_size()
+    _check_vocabulary(run)
+    files = {file.name: sha256_file(file) for file in checkpoint.fingerprint_files()}
+    record.result = {
+        "path": run.model_path,
+        "model_type": checkpoint.config.model_type,
+        "parameters": checkpoint.num_parameters(),
+        "bytes": stored_bytes,
+        "files": files,
+        "fingerprint": sha256_json(files),
+    }
+
+
+def _check_vocabulary(run: Run) -> None:
+    tokenizer = run.checkpoint.tokenizer()
+    rows = run.checkpoint.config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise InputError(
+            f"{run.checkpoint.path}: the tokenizer knows token id {largest}, but the embedding has only {rows} rows; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def calibrate(run: Run, record: StepRecord) -> None:
+    """Choose and tokenise the calibration windows: ``work/calibration/windows.safetensors``, int64 ``[samples, tokens]``.
+
+    Raises:
+        InputError: the text is missing, empty or too short.
+    """
+    config = run.config.calibration
+    needed = config.num_samples * config.seq_len
+    part = load_text(
+        config.source,
+        "train",
+        path=config.path,
+        heldout_fraction=config.heldout_fraction,
+        # Streamed data sets end here: 8 characters a token are more than any tokenizer needs on prose.
+        max_characters=None if config.source in ("builtin", "text") else 8 * needed,
+    )
+    windows = pack_windows(
+        run.checkpoint.tokenizer(),
+        part,
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=run.config.seed,
+        chat_template=config.chat_template,
+        vocab_size=run.checkpoint.config.get_text_config().vocab_size,
+    )
+    path = run.work("calibration", "windows.safetensors")
+    write_tensors(path, {"windows": windows})
+    record.files = [path]
+    record.result = {
+        "source": config.source,
+        "path": config.path,
+        "text_sha256": part.sha256,
+        "windows": list(windows.shape),
+        "fingerprint": sha256_file(path),
+    }
+
+
+def selected_layers(run: Run, variant: VariantConfig) -> list[str]:
+    """Linear layers of the decoder blocks that ``variant`` quantizes, in order.
+
+    Raises:
+        InputError: one of them cannot be stored in the variant's container on its grid.
+    """
+    grid = grid_of(variant)
+    layers = []
+    for index in range(run.walk.count):
+        for name, (rows, columns) in run.walk.layer_names(index).items():
+            if not skipped(name, variant.solver.skip):
+                CONTAINERS[variant.container].check(name, rows, columns, grid)
+                layers.append(name)
+    return layers
+
+
+def quantize(run: Run, name: str, key: str, record: StepRecord) -> None:
+    """Quantize one variant block by block into ``work/quantize/NAME``, going on from the last finished block."""
+    variant = run.config.variants[name]
+    selected_layers(run, variant)
+    files = BlockFiles(run.work("quantize", name), key, run.walk.count)
+    started = time.perf_counter()
+    quantize_blocks(run, variant, grid_of(variant), files)
+    record.earlier_seconds = files.earlier_seconds(started)
+    record.files = files.finish()
+
+
+def export(run: Run, name: str, record: StepRecord) -> None:
+    """Write one variant's artifact, ``variants/NAME``, whole or not at all."""
+    variant = run.config.variants[name]
+    container = CONTAINERS[variant.container]
+    checkpoint = run.checkpoint
+    layers = selected_layers(run, variant) if container.quantized else []
+    weights = {f"{layer}.weight" for layer in layers}
+    everything = [layer for i in range(run.walk.count) for layer in run.walk.layer_names(i)] if layers else []
+
+    def dense() -> Iterator[tuple[str, Tensor]]:
+        for stored in checkpoint.names():
+            canonical = run.walk.canonical(stored) if layers else stored
+            if canonical not in weights:
+                yield canonical, checkpoint.tensor(stored)
+
+    solver = asdict(variant.solver)
+    artifact = Artifact(
+        config=checkpoint.config_dict(),
+        dense=dense(),
+        quantized=BlockFiles.read_all(run.work("quantize", name), grid_of(variant)) if layers else (),
+        grid=grid_of(variant) if layers else None,
+        skipped=tuple(layer for layer in everything if f"{layer}.weight" not in weights),
+        options={
+            **solver,
+            "quantizer": f"quantize:{__version__}",
+            "desc_act": solver["desc_act"] and solver["name"] == "gptq",
+        },
+    )
+    with atomic_directory(run.artifact(name)) as directory:
+        container.write(directory, artifact)
+        checkpoint.copy_side_files(directory)
+    record.files = files_below(run.artifact(name))
+    weight_bytes = sum(file.stat().st_size for file in record.files if file.suffix == ".safetensors")
+    first = checkpoint.dtype(checkpoint.names()[0])
+    record.result = {
+        "size_bytes": weight_bytes,
+        "bits": variant.solver.bits if layers else torch.finfo(first).bits,
+        "bits_per_weight": 8 * weight_bytes / checkpoint.num_parameters(),
+        "quantized_layers": len(layers),
+    }

@@ -1,0 +1,1 @@
+"""Hydra config root: ``config.yaml`` and its groups."""
