@@ -25,6 +25,9 @@ test: $(VENV)/.dev  ## the default tests (under 10 minutes)
 test-slow: $(VENV)/.dev  ## tests that need minutes and the demo model
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+bench: $(VENV)/.base  ## time and memory of GPTQ on this machine
+	$(BIN)/python -m eval.bench $(ARGS)
+
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -4,8 +4,8 @@
 
 The protocol: the whole text is tokenised once, without special tokens; windows of ``seq_len`` tokens start every ``stride``
 tokens; in each window only tokens no earlier window has scored count, and the very first token of a window without BOS
-never does (nothing precedes it). ``ppl = exp(sum of -log p / tokens scored)``. With ``stride = seq_len`` windows do not overlap:
-the protocol of the GPTQ paper's code; smaller strides give every token more context and lower figures.
+never does (nothing precedes it). ``ppl = exp(sum of -log p / tokens scored)``. With ``stride = seq_len`` windows do not
+overlap: the protocol of the GPTQ paper's code; smaller strides give every token more context and lower figures.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 from calibration.sources import load_text
 from calibration.windows import token_stream
 from eval.consumers import CONSUMERS
-from quantize.config import LOG_LEVELS
+from quantize.config import LOG_LEVELS, EvalConfig, check_eval
 from quantize.errors import InputError
-from quantize.files import write_json
+from quantize.files import read_json, write_json
 from quantize.logs import progress, quiet_libraries, setup_logging, stdout_to_stderr
 from quantize.manifest import peak_rss_bytes, reset_peak_rss
 
@@ -131,6 +131,7 @@ def evaluate_artifact(
     Raises:
         InputError: the artifact cannot be loaded, or the text is missing or too short.
     """
+    check_eval(EvalConfig(text, windows, seq_len, stride, bos))
     part = part or ("heldout" if text == "builtin" else "all")
     content = _read_text(text, part, heldout_fraction)
     consumer = CONSUMERS[container_of(artifact)]
@@ -183,7 +184,7 @@ def container_of(artifact: Path) -> str:
     config_file = artifact / "config.json"
     if not config_file.exists():
         raise InputError(f"{artifact} is no artifact: it has no config.json")
-    quantization = json.loads(config_file.read_text()).get("quantization_config")
+    quantization = read_json(config_file).get("quantization_config")
     name = quantization.get("quant_method", "unknown") if quantization else "safetensors"
     if name not in CONSUMERS:
         raise InputError(f"{artifact} is in the container {name}; known are {', '.join(CONSUMERS)}")
@@ -226,12 +227,12 @@ def main(arguments: list[str] | None = None) -> int:
         # GPTQModel greets on standard output, which is for the result alone.
         with stdout_to_stderr(shown=options_level == "debug"):
             result = evaluate_artifact(**options)
+        result["ppl"] = result["ppl"] if math.isfinite(result["ppl"]) else None
+        if output:
+            write_json(output, result)
     except InputError as error:
         logging.getLogger("eval").error("%s", error)
         return 2
-    result["ppl"] = result["ppl"] if math.isfinite(result["ppl"]) else None
-    if output:
-        write_json(output, result)
     print(json.dumps(result, indent=2))
     return 0
 

@@ -22,6 +22,7 @@ class Artifact:
         quantized: ``(layer name, tensor)`` of every quantized layer.
         grid: the grid of the quantized layers; None where nothing is quantized.
         skipped: linear layers inside decoder blocks that were left unquantized.
+        layers: full names of all quantized layers (``quantized`` is a stream and can be read only once).
         options: solver facts worth recording in the artifact: ``desc_act``, ``damp_percent``, ``true_sequential``,
             ``quantizer``.
     """
@@ -32,6 +33,7 @@ class Artifact:
     grid: Grid | None
     skipped: tuple[str, ...]
     options: Mapping[str, Any]
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

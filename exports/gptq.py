@@ -67,13 +67,16 @@ def unpack(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
     )
 
 
-def quantization_config(grid: Grid, options: Mapping[str, Any], skipped: Sequence[str] = ()) -> dict[str, Any]:
+def quantization_config(
+    grid: Grid, options: Mapping[str, Any], skipped: Sequence[str] = (), layers: Sequence[str] = ()
+) -> dict[str, Any]:
     """The ``quantization_config`` entry of config.json.
 
     Args:
         grid: the grid of every quantized layer.
         options: solver facts worth recording: ``desc_act``, ``damp_percent``, ``true_sequential``, ``quantizer``.
         skipped: full names of linear layers inside the blocks that stay dense.
+        layers: full names of the quantized layers; needed where some are skipped.
     """
     quantization: dict[str, Any] = {
         "quant_method": "gptq",
@@ -90,8 +93,10 @@ def quantization_config(grid: Grid, options: Mapping[str, Any], skipped: Sequenc
         "meta": {"quantizer": [options.get("quantizer", "quantize")]},
     }
     if skipped:
-        # GPTQModel and vLLM leave layers alone that match a "-:" pattern.
+        # GPTQModel and vLLM leave layers alone that match a "-:" pattern; transformers quantizes only layers whose name
+        # ends in one of those listed, and full names say exactly which.
         quantization["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+        quantization["modules_in_block_to_quantize"] = [list(layers)]
     return quantization
 
 
@@ -99,7 +104,7 @@ def write(directory: Path, artifact: Artifact) -> None:
     """Write weights, ``config.json`` and ``quantize_config.json`` into an existing directory."""
     if artifact.grid is None:
         raise ValueError("a GPTQ checkpoint needs the grid of its layers")
-    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped)
+    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped, artifact.layers)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from artifact.dense

@@ -33,10 +33,10 @@ def _task(composed: DictConfig) -> None:
         setup_logging(str(composed.log_level) if composed.log_level in LOG_LEVELS else "info")
         quiet_libraries()
         config = validate(composed)
-        from quantize.pipeline import run_pipeline  # torch and transformers: seconds that a wrong key need not cost
+        from quantize.pipeline import run_pipeline  # transformers: seconds that a wrong key need not cost
 
         run_pipeline(config)
-    except BaseException as error:
+    except Exception as error:
         with contextlib.suppress(OSError):
             Path(composed.output_dir).rmdir()  # Hydra made it; an empty one is no use to anybody
         # Raised from here, Hydra would print a line of its own first; main raises it again.
@@ -46,9 +46,11 @@ def _task(composed: DictConfig) -> None:
 def main() -> int:
     """Run the command line; returns the exit code."""
     register_configs()
+    _failures.clear()
     # Hydra would turn every exception into exit code 1 and a page of advice.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if "--cfg" in sys.argv and "--resolve" not in sys.argv and "job" in sys.argv:
+    shows_job = "--cfg=job" in sys.argv or ("job" in sys.argv and not {"--cfg", "-c"}.isdisjoint(sys.argv))
+    if shows_job and "--resolve" not in sys.argv:
         sys.argv.append("--resolve")
     debug = any(argument.lower() == "debug=true" for argument in sys.argv)
     try:
@@ -59,6 +61,8 @@ def main() -> int:
         return _fail(explain(error), 2, debug)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where this one stopped", 130, debug=False)
+    except FileExistsError as error:  # Hydra makes output_dir before anything here runs
+        return _fail(f"output_dir={error.filename} is a file, not a directory; choose another output_dir", 2, debug)
     except Exception as error:
         trouble = disk_error(Path(getattr(error, "filename", None) or "output_dir"), error)
         if trouble is not None:

@@ -98,10 +98,10 @@ class DecoderWalk:
         try:
             # Buffers (rotary frequencies) are computed for real, parameters stay without storage.
             with init_empty_weights(include_buffers=False):
-                self._model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
+                model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False)
         except ValueError as error:
             raise InputError(f"{checkpoint.path}: no causal language model can be built ({one_line(error)})") from error
-        self._model.requires_grad_(False)
+        self._model = model.eval().requires_grad_(False)
         self.path = BLOCK_PATHS.get(checkpoint.config.model_type) or find_block_path(self._model)
         self._blocks: nn.ModuleList = self._model.get_submodule(self.path)
         self.count = len(self._blocks)
@@ -122,7 +122,13 @@ class DecoderWalk:
     def _load(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
         for name in (parameter, parameter.removeprefix(self._prefix), self._prefix + parameter):
             if name in self._stored:
-                return self.checkpoint.tensor(name).to(self.device, dtype or self.dtype)
+                tensor = self.checkpoint.tensor(name)
+                if tensor.shape != self._model.get_parameter(parameter).shape:
+                    raise InputError(
+                        f"{self.checkpoint.path}: tensor {name} is {tuple(tensor.shape)}, but by the config it is "
+                        f"{tuple(self._model.get_parameter(parameter).shape)}; they belong to different models"
+                    )
+                return tensor.to(self.device, dtype or self.dtype)
         raise InputError(
             f"{self.checkpoint.path} has no tensor {parameter}, which a {self.checkpoint.config.model_type} model needs; "
             "the checkpoint is incomplete or of another family"
@@ -150,7 +156,10 @@ class DecoderWalk:
         try:
             yield block
         finally:
-            block.to("meta")
+            # Buffers (rotary tables, causal masks) were computed with the skeleton and must outlive this visit.
+            for module in block.modules():
+                _drop(module)
+            self.checkpoint.release()
 
     @torch.no_grad()
     def block_inputs(self, windows: Tensor) -> Tensor:
@@ -206,9 +215,14 @@ class DecoderWalk:
             for handle in handles:
                 handle.remove()
             for module in loaded:
-                for key, value in module._parameters.items():
-                    if value is not None:
-                        module._parameters[key] = nn.Parameter(value.to("meta"), requires_grad=False)
+                _drop(module)
+
+
+def _drop(module: nn.Module) -> None:
+    """Take away the storage of a module's own parameters."""
+    for name, value in module._parameters.items():
+        if value is not None:
+            module._parameters[name] = nn.Parameter(value.to("meta"), requires_grad=False)
 
 
 def find_block_path(model: nn.Module) -> str:

@@ -86,6 +86,10 @@ class Checkpoint(ABC):
     def copy_side_files(self, destination: Path) -> None:
         """Put tokenizer, chat template and generation config into ``destination``."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Unmap what has been read so far: touched pages of a mapped file count as this process's memory."""
+
     def fingerprint_files(self) -> list[Path]:
         """Every file whose bytes decide what this checkpoint is."""
         return self.weight_files()
@@ -108,7 +112,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._raw_config = _load_config(path)
-        self.config = AutoConfig.from_pretrained(path)
+        self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         self._files = {file: _open_safetensors(file) for file in _weight_files(path)}
         self._owner = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
         for name in self._owner:
@@ -118,6 +122,9 @@ class SafetensorsCheckpoint(Checkpoint):
                     f"{self._owner[name]}: tensor {name} is {kind}; a checkpoint to quantize holds "
                     f"{', '.join(WEIGHT_DTYPES)} (is this one quantized already?)"
                 )
+
+    def release(self) -> None:
+        self._files = {file: _open_safetensors(file) for file in self._files}
 
     def _slice(self, name: str) -> Any:
         return self._files[self._owner[name]].get_slice(name)
@@ -177,7 +184,7 @@ def open_checkpoint(path: str) -> Checkpoint:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -189,7 +196,7 @@ def _download(repo: str, revision: str | None) -> Path:
                 ignore_patterns=["consolidated*", "original/*", "*/*"],
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model.path={repo} is no local path, and the hub did not give it ({type(error).__name__}); check the name, "
             "your network and your access (HF_TOKEN), or give a local directory"
@@ -199,24 +206,31 @@ def _download(repo: str, revision: str | None) -> Path:
 def _load_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").exists():
         raise InputError(f"{path} has no config.json; model.path must be a Hugging Face model directory")
-    raw = read_json(path / "config.json")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    raw = _read_object(path / "config.json")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise InputError(f"{path} is quantized already ({method}); give the FP16, BF16 or FP32 checkpoint it was made from")
     if "model_type" not in raw:
         raise InputError(f"{path}/config.json has no model_type; it is not a transformers model")
     try:
-        AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, TypeError) as error:
+        AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # config classes check their values by whatever their arithmetic raises
         raise InputError(f"{path}/config.json: model_type={raw['model_type']!r} is not usable ({one_line(error)})") from error
-    return raw  # type: ignore[no-any-return]
+    return raw
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise InputError(f"{file} holds no JSON object but {type(value).__name__}; it is damaged: fetch it again")
+    return value
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
             raise InputError(f"{index} has no weight_map; the index is damaged: fetch it again")
         files = [path / name for name in sorted(set(weight_map.values()))]
         for file in files:
@@ -242,6 +256,6 @@ def _open_safetensors(file: Path) -> Any:
 def load_tokenizer(path: Path, named: Path, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer in directory ``path``; errors name ``named``."""
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise InputError(f"{named} has no usable tokenizer ({one_line(error)}); put its tokenizer files there") from error

@@ -139,7 +139,7 @@ def validate(composed: Any) -> RunConfig:
         raise InputError(f"seed={config.seed} is negative; use 0 or more")
     _one_of("model.compute_dtype", config.model.compute_dtype, ("auto", "float32", "bfloat16", "float16"))
     _check_calibration(config.calibration)
-    _check_eval(config.eval)
+    check_eval(config.eval)
     if not config.variants:
         raise InputError("variants={} makes nothing; a recipe lists at least one variant")
     for name, variant in config.variants.items():
@@ -163,7 +163,12 @@ def _check_calibration(config: CalibrationConfig) -> None:
         raise InputError(f"calibration.heldout_fraction={config.heldout_fraction} is not inside (0, 1); use 0.2")
 
 
-def _check_eval(config: EvalConfig) -> None:
+def check_eval(config: EvalConfig) -> None:
+    """Refuse an impossible perplexity protocol.
+
+    Raises:
+        InputError: names the key, what is allowed, and a value that would work.
+    """
     _at_least("eval.windows", config.windows, 1, 16)
     _at_least("eval.seq_len", config.seq_len, 2, 1024)
     if config.stride is not None and not 1 <= config.stride <= config.seq_len:

@@ -55,6 +55,9 @@ class _Stop(Exception):
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     """One forward of a decoder block: hidden states in, hidden states out, both ``[batch, tokens, hidden]``."""
     args, kwargs = arguments
+    if isinstance(kwargs.get("alibi"), Tensor) and kwargs["alibi"].dim() == 3:
+        # Bloom folds the batch into the first dimension, [batch * heads, 1, tokens]; the arguments are those of one window.
+        kwargs = {**kwargs, "alibi": kwargs["alibi"].repeat(hidden.shape[0], 1, 1)}
     output = block(hidden, *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple | list) else output
     return result

@@ -41,11 +41,11 @@ class GgufCheckpoint(Checkpoint):
         self._parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = get_gguf_hf_weights_map(model, self._processor)
         self._tensors = {names[tensor.name]: tensor for tensor in self._reader.tensors if tensor.name in names}
-        self._dtype = self._majority_dtype()
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(set(self._parameters) - set(self._tensors) - tied)
         if missing:
             raise InputError(f"{path} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
+        self._dtype = self._majority_dtype()
 
     def _field(self, key: str) -> Any:
         return self._reader.fields[key].contents()
@@ -75,6 +75,9 @@ class GgufCheckpoint(Checkpoint):
             return torch.from_numpy(values.copy()).reshape(self._parameters[name]).to(self._dtype)
         except (ValueError, KeyError, TypeError, NotImplementedError) as error:
             raise InputError(f"{self.path}: tensor {stored.name} cannot be read ({one_line(error)})") from error
+
+    def release(self) -> None:
+        """Nothing to do: the file stays mapped; its pages are a quarter of the FP16 weights' size."""
 
     def weight_files(self) -> list[Path]:
         return [self.path]

@@ -36,13 +36,19 @@ class StepKeys:
         """Whether a variant has a quantize step."""
         return SOLVERS[self.config.variants[name].solver.name].quantizes
 
+    def calibrates(self) -> bool:
+        """Whether any variant needs calibration windows."""
+        return any(SOLVERS[variant.solver.name].needs_calibration for variant in self.config.variants.values())
+
     def load(self) -> str:
         """The checkpoint's files, by name, size and time."""
         files = self.run.checkpoint.fingerprint_files()
         return step_key("load", [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
 
     def calibrate(self) -> str:
-        """The checkpoint's fingerprint (its tokenizer) and the text."""
+        """The checkpoint's fingerprint (its tokenizer) and the text; of no windows, nothing."""
+        if not self.calibrates():
+            return step_key("calibrate")
         settings = asdict(self.config.calibration)
         for key in ("activations", "batch_tokens"):
             settings.pop(key)

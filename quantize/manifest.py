@@ -13,6 +13,7 @@ A step is finished when its key is the wanted one and its files are unchanged; t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 import resource
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize import __version__
-from quantize.errors import InputError
+from quantize.errors import InputError, one_line
 from quantize.files import read_json, sha256_file, sha256_json, write_json
 
 SCHEMA = 1
@@ -43,10 +44,7 @@ class Manifest:
         self.directory = directory
         self.data: dict[str, Any] = {"schema": SCHEMA, "steps": {}}
         if (directory / FILE_NAME).exists():
-            data = read_json(directory / FILE_NAME)
-            if not isinstance(data, dict) or data.get("schema") != SCHEMA or not isinstance(data.get("steps"), dict):
-                raise InputError(f"{directory / FILE_NAME} is not a manifest of this version; choose a new output_dir")
-            self.data = data
+            self.data = _read(directory / FILE_NAME)
         self._verified: set[str] = set()
 
     def describe(self, **facts: Any) -> None:
@@ -63,6 +61,17 @@ class Manifest:
                 return False
             self._verified.add(step)
         return True
+
+    def discard_changed(self, step: str, key: str) -> None:
+        """Remove those files of a step once finished under ``key`` that are no longer as they were.
+
+        A step that goes on from its own files would take them for finished work.
+        """
+        entry = self.data["steps"].get(step)
+        if entry is not None and entry["key"] == key:
+            for name, record in entry["files"].items():
+                if not self._unchanged(name, record):
+                    (self.directory / name).unlink(missing_ok=True)
 
     def _unchanged(self, name: str, record: dict[str, Any]) -> bool:
         path = self.directory / name
@@ -99,6 +108,20 @@ class Manifest:
         write_json(self.directory / FILE_NAME, self.data)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = read_json(path)
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({one_line(error.__cause__ or error)}); delete it to start over") from error
+    steps = data.get("steps") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or not isinstance(steps, dict):
+        raise InputError(f"{path} is not a manifest of this version; choose a new output_dir")
+    for step, entry in steps.items():
+        if not isinstance(entry, dict) or not entry.keys() >= {"key", "seconds", "result", "files"}:
+            raise InputError(f"{path} is damaged (its step {step} is incomplete); delete it to start over")
+    return data
+
+
 class StepRecord:
     """Filled by a running step: its result (JSON), its files, and seconds spent on it before an interruption."""
 
@@ -126,6 +149,12 @@ def reset_peak_rss() -> None:
     """Start a new measurement of peak memory where the system allows it (Linux); elsewhere the process's peak stands."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system. glibc keeps what tensors of a few MB leave behind, and its heap only grows."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_rss_bytes() -> int:

@@ -35,7 +35,6 @@ from quantize.files import disk_error, read_json, write_text
 from quantize.keys import StepKeys
 from quantize.manifest import Manifest, StepRecord, versions
 from quantize.run import Run
-from quantize.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
 REPORT_FILES = ("report.json", "report.md", "report.html", "report.png")
@@ -51,6 +50,7 @@ def run_pipeline(config: RunConfig) -> Path:
     _prepare(directory)
     _check_stage_inputs(config)
     run = Run(config, directory, config.model.path or str(demo_model()))
+    _check_context(run)
     manifest = Manifest(directory)
     pipeline = _Pipeline(run, manifest)
     manifest.describe(recipe=_recorded(config), seed=config.seed)
@@ -74,6 +74,8 @@ def run_pipeline(config: RunConfig) -> Path:
 
 def _prepare(directory: Path) -> None:
     """Make the run directory, see that it can be written to, and sweep up what a killed run left half-written."""
+    if directory.is_file():
+        raise InputError(f"output_dir={directory} is a file, not a directory; choose another output_dir")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -91,6 +93,16 @@ def _check_stage_inputs(config: RunConfig) -> None:
     """Refuse missing texts before any work starts."""
     if config.eval.text != "builtin" and not Path(config.eval.text).is_file():
         raise InputError(f"eval.text={config.eval.text} does not exist; give a text file or builtin")
+
+
+def _check_context(run: Run) -> None:
+    """Refuse windows longer than the model's context before any work starts."""
+    config = run.config.eval
+    context = getattr(run.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+    if "evaluate" in run.config.stages and context and config.seq_len + config.bos > context:
+        raise InputError(
+            f"eval.seq_len={config.seq_len} exceeds the model's context of {context} tokens; use {context - config.bos} or less"
+        )
 
 
 def _recorded(config: RunConfig) -> dict[str, Any]:
@@ -136,10 +148,11 @@ class _Pipeline:
         stages.load(self.run, record)
 
     def _calibrate(self, record: StepRecord) -> None:
-        if any(SOLVERS[variant.solver.name].needs_calibration for variant in self.config.variants.values()):
+        if self.keys.calibrates():
             stages.calibrate(self.run, record)
 
     def _quantize(self, name: str, key: str, record: StepRecord) -> None:
+        self.manifest.discard_changed(f"quantize/{name}", key)
         stages.quantize(self.run, name, key, record)
 
     def _export(self, name: str, key: str, record: StepRecord) -> None:

@@ -23,6 +23,7 @@ from quantize.files import atomic_directory, write_tensors, write_text
 from quantize.forwards import find_groups, parallel_forward, rerun_forward, suspended_forward
 from quantize.grids import Grid, QuantizedTensor
 from quantize.logs import progress
+from quantize.manifest import release_memory
 from quantize.run import Run, calibration_windows
 from quantize.solvers import SOLVERS, LayerProblem, SolverOptions
 
@@ -72,6 +73,10 @@ class BlockFiles:
         """Note time spent, so that a resumed run reports all of it."""
         write_text(self.directory / "seconds", f"{self._seconds() + seconds:.3f}")
 
+    def forget_seconds(self) -> None:
+        """Drop the time noted so far: what it was spent on has to be done again."""
+        (self.directory / "seconds").unlink(missing_ok=True)
+
     def _seconds(self) -> float:
         file = self.directory / "seconds"
         return float(file.read_text()) if file.exists() else 0.0
@@ -97,7 +102,7 @@ class BlockFiles:
 
 
 class HiddenStates:
-    """The hidden states between two blocks, in batches: in memory, or read from disk batch by batch."""
+    """The hidden states between two blocks, in batches: on disk always (to resume from), and in memory if wanted."""
 
     def __init__(self, directory: Path, batches: int, in_memory: bool) -> None:
         self.directory, self.batches, self._in_memory = directory, batches, in_memory
@@ -105,13 +110,12 @@ class HiddenStates:
 
     def load(self, batch: int) -> Tensor:
         """Hidden states of one batch, ``[windows, tokens, hidden]``."""
-        if batch not in self._kept:
-            with safe_open(self._file(self.directory, batch), "pt") as file:
-                tensor: Tensor = file.get_tensor("hidden")
-            if not self._in_memory:
-                return tensor
-            self._kept[batch] = tensor
-        return self._kept[batch]
+        # Handed out once: the forward lets go of its input half way through the block, and so must this.
+        if batch in self._kept:
+            return self._kept.pop(batch)
+        with safe_open(self._file(self.directory, batch), "pt") as file:
+            tensor: Tensor = file.get_tensor("hidden")
+        return tensor
 
     def store(self, directory: Path, batch: int, hidden: Tensor) -> None:
         """Write one batch below ``directory`` (temporary, renamed by the caller when all are there)."""
@@ -129,7 +133,9 @@ def quantize_blocks(run: Run, variant: VariantConfig, grid: Grid, files: BlockFi
     """Quantize every block that ``files`` does not have yet."""
     with_hidden = SOLVERS[variant.solver.name].needs_calibration
     first = files.done(with_hidden)
-    if first:
+    if first == 0:
+        files.forget_seconds()
+    else:
         log.info("going on after block %d of %d", first, files.count)
     step = _calibrated_step(run, variant, grid, files, first) if with_hidden else _plain_step(run, variant, grid, files)
     for index in progress(range(first, files.count), "quantize", total=files.count, done=first):
@@ -203,6 +209,7 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
                 for name, tensor in zip(names, solver.solve(problem), strict=True):
                     set_linear_weight(layers[name], tensor.dequantize())
                     done[prefix + name] = tensor
+                release_memory()
 
             forward(
                 block,
@@ -216,6 +223,7 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
             files.write(index, done)
         shutil.rmtree(state.directory)
         state = following
+        release_memory()
 
     return step
 

@@ -45,6 +45,7 @@ def load(run: Run, record: StepRecord) -> None:
         stored_bytes += tensor.numel() * tensor.element_size()
     _check_vocabulary(run)
     files = {file.name: sha256_file(file) for file in checkpoint.fingerprint_files()}
+    checkpoint.release()
     record.result = {
         "path": run.model_path,
         "model_type": checkpoint.config.model_type,
@@ -151,6 +152,7 @@ def export(run: Run, name: str, record: StepRecord) -> None:
         dense=dense(),
         quantized=BlockFiles.read_all(run.work("quantize", name), grid_of(variant)) if layers else (),
         grid=grid_of(variant) if layers else None,
+        layers=tuple(layers),
         skipped=tuple(layer for layer in everything if f"{layer}.weight" not in weights),
         options={
             **solver,

@@ -6,7 +6,6 @@ chosen over the faster CPU kernel because that one computes in bfloat16 and woul
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from eval.consumers.base import Consumer, LoadedArtifact
 from quantize.errors import InputError, one_line
+from quantize.files import read_json
 
 ENVIRONMENT = {
     # GPTQModel compiles its torch kernel, once for each layer: minutes of compiling for seconds of arithmetic.
@@ -39,26 +40,31 @@ def load(directory: Path, device: str) -> TransformersArtifact:
     """Load an artifact the way a user of transformers does, weights in the types they are stored in.
 
     Raises:
-        InputError: transformers refuses it, or the packages its format needs are not installed.
+        InputError: transformers refuses it, it lacks weights, or the packages its format needs are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config_file = directory / "config.json"
     if not config_file.exists():
         raise InputError(f"{directory} is no model directory: it has no config.json")
-    quantization = json.loads(config_file.read_text()).get("quantization_config")
+    quantization = read_json(config_file).get("quantization_config")
     options: dict[str, Any] = {}
     if quantization and quantization.get("quant_method") == "gptq":
         options["quantization_config"] = _gptq_backend(quantization)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "the config's quantization_config will be used": it is the same one
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", device_map={"": device}, local_files_only=True, **options
-            ).eval()
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto", device_map={"": device}, local_files_only=True, output_loading_info=True, **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (ImportError, ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"transformers does not load {directory}: {one_line(error)}") from error
+    if loading["missing_keys"]:
+        # Transformers would fill them with random numbers and only warn.
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise InputError(f"{directory} lacks {len(loading['missing_keys'])} tensors, such as {missing}; make it again")
+    model = model.eval()
     names = ["transformers", *(["gptqmodel"] if options else [])]
     return TransformersArtifact(
         consumer=" + ".join(f"{name} {metadata.version(name)}" for name in names),

@@ -84,8 +84,10 @@ def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Te
         names: the layers, for the log.
 
     Raises:
-        ValueError: no damping up to 100 % helps (the Hessian holds NaN or infinity).
+        ValueError: the Hessian holds NaN or infinity, or no damping up to 100 % helps.
     """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError(f"the Hessian of {', '.join(names)} holds NaN or infinity, and so do the layers' inputs")
     mean = hessian.diagonal().mean()
     damp = damp_percent
     while True:
@@ -95,8 +97,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Te
         if not failed:
             break
         if damp >= _MAX_DAMP:
-            raise ValueError(f"the Hessian of {', '.join(names)} cannot be factorised; its inputs hold NaN or infinity")
-        damp = min(damp * 10, _MAX_DAMP)
+            raise ValueError(f"the Hessian of {', '.join(names)} is not positive semi-definite; no damping mends that")
+        damp = min(max(damp, 1e-3) * 10, _MAX_DAMP)
         log.warning("%s: Hessian is not positive definite; damp_percent raised to %g", ", ".join(names), damp)
     identity = torch.eye(len(hessian), device=hessian.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
@@ -121,7 +123,7 @@ def feed_back(
     """
     rows, columns = weight.shape
     group_size = grid.columns_per_group(columns)
-    if block_size % group_size and group_size % block_size:
+    if group_size < columns and block_size % group_size and group_size % block_size:
         block_size = max(block_size // group_size, 1) * group_size
     # Column j of the layer is row j here: one column's work then touches consecutive memory.
     remaining = weight.t().contiguous()

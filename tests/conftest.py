@@ -1,0 +1,85 @@
+"""Shared fixtures: a tiny real tokenizer and tiny random checkpoints, made on the spot; nothing is downloaded."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+settings.register_profile("quantize", deadline=None)
+settings.load_profile("quantize")
+
+VOCABULARY = 300
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with 300 tokens, trained on Python's own help texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    topics = pydoc_data.topics.topics
+    tokenizer.train_from_iterator((topics[name] for name in sorted(topics)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=2048
+    )
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> MakeCheckpoint:
+    """``make_checkpoint(path, config, dtype=float16, seed=0, **options)``: a random model saved as safetensors.
+
+    Every parameter gets noise, so that no bias is zero and no norm weight one: forgetting to load any of them shows.
+    ``options`` go to ``save_pretrained`` (``max_shard_size`` for shards).
+    """
+
+    def make(
+        path: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float16, seed: int = 0, **options: object
+    ) -> Path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+        model.to(dtype).save_pretrained(path, **options)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """A random FP16 Llama of four blocks with grouped-query attention, tied embeddings and a tokenizer. Read it only."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tiny_tokenizer.bos_token_id,
+        eos_token_id=tiny_tokenizer.eos_token_id,
+        pad_token_id=tiny_tokenizer.pad_token_id,
+    )
+    make_checkpoint(path, config)
+    tiny_tokenizer.save_pretrained(path)
+    return path

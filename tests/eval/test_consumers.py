@@ -1,0 +1,225 @@
+"""Consumers: what the program that runs an artifact computes is what this project's numbers say it should.
+
+As a program, this file is that consumer: transformers and GPTQModel as a user loads them, without this project's loader.
+Those imports want variables set before the process starts, and take seconds, so all artifacts share one process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval.consumers import CONSUMERS
+from eval.perplexity import container_of
+from exports import CONTAINERS
+from exports.gptq import read
+from quantize.errors import InputError
+
+PROJECT = Path(__file__).resolve().parents[2]
+RECIPE = r"""
+# @package _global_
+variants:
+  dense: {solver: {name: none}, container: safetensors}
+  gptq: {}
+  no-order: {solver: {desc_act: false}}
+  symmetric: {solver: {symmetric: true}}
+  bits2: {solver: {bits: 2}}
+  bits3: {solver: {name: rtn, bits: 3}}
+  bits8: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}}
+  skipped: {solver: {skip: [down_proj, 'layers\.1\.self_attn\.q_proj']}}
+"""
+VARIANTS = ("dense", "gptq", "no-order", "symmetric", "bits2", "bits3", "bits8")
+TOLERANCE = 1e-3  # absolute and relative, of logits in float32
+
+
+def load_plainly(artifact: Path) -> Any:
+    """An artifact in float32, loaded without this project."""
+    options: dict[str, Any] = {}
+    quantization = json.loads((artifact / "config.json").read_text()).get("quantization_config")
+    if quantization:
+        from transformers import GPTQConfig
+
+        options["quantization_config"] = GPTQConfig(bits=quantization["bits"], backend="torch")
+    model = AutoModelForCausalLM.from_pretrained(artifact, dtype="auto", device_map={"": "cpu"}, **options)
+    return torch.nn.Module.float(model.eval())
+
+
+@torch.no_grad()
+def write_logits(ids_file: Path, artifacts: list[Path], output: Path) -> None:
+    """Logits of every artifact for the windows in ``ids_file``, and the mean loss of each window."""
+    ids = load_file(ids_file)["ids"]
+    tensors = {}
+    for artifact in artifacts:
+        model = load_plainly(artifact)
+        tensors[f"{artifact.name}.logits"] = model(input_ids=ids[:1], use_cache=False).logits.contiguous()
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in ids]
+        tensors[f"{artifact.name}.losses"] = torch.tensor(losses, dtype=torch.float64)
+    save_file(tensors, output)
+
+
+def consume(ids: Tensor, artifacts: list[Path], folder: Path) -> dict[str, Tensor]:
+    """:func:`write_logits` in a process of its own."""
+    save_file({"ids": ids}, folder / "ids.safetensors")
+    result = subprocess.run(
+        [sys.executable, __file__, str(folder / "ids.safetensors"), str(folder / "logits.safetensors"), *map(str, artifacts)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **CONSUMERS["gptq"].environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return dict(load_file(folder / "logits.safetensors"))
+
+
+@torch.no_grad()
+def reference_logits(artifact: Path, model_path: Path, ids: Tensor) -> Tensor:
+    """Logits of the original model with this project's reading of the artifact's weights put in, in float32."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    container = CONTAINERS[container_of(artifact)]
+    quantized, dense = container.read(artifact)
+    for name, tensor in quantized.items():
+        model.get_submodule(name).weight.copy_(tensor.dequantize())
+    for name, weight in dense.items():
+        model.get_parameter(name).copy_(weight)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory's artifacts, one for each kind of grid."""
+    from quantize.__main__ import main
+
+    folder = tmp_path_factory.mktemp("consumers")
+    (folder / "recipe").mkdir()
+    (folder / "recipe" / "grids.yaml").write_text(RECIPE)
+    arguments = [
+        f"--config-dir={folder}",
+        "recipe=grids",
+        f"model.path={tiny_llama}",
+        f"output_dir={folder / 'run'}",
+        "calibration.num_samples=8",
+        "calibration.seq_len=64",
+        "solver.group_size=32",
+        "quality=fast",
+        "stages=[load,calibrate,quantize,export]",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["quantize", *arguments])
+        patch.setattr(logging.getLogger(), "handlers", [])
+        patch.setenv("HYDRA_FULL_ERROR", "1")
+        assert main() == 0
+    return folder / "run" / "variants"
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    """Token ids of two windows."""
+    return torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def consumed(artifacts: Path, ids: Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What the consumer computes on every artifact."""
+    return consume(ids, [artifacts / name for name in VARIANTS], tmp_path_factory.mktemp("logits"))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_consumer_computes_with_the_weights_this_project_means(
+    name: str, artifacts: Path, ids: Tensor, consumed: dict[str, Tensor], tiny_llama: Path
+) -> None:
+    expected = reference_logits(artifacts / name, tiny_llama, ids[:1])
+    torch.testing.assert_close(consumed[f"{name}.logits"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_the_comparison_tells_artifacts_apart(artifacts: Path, ids: Tensor, consumed: dict[str, Tensor]) -> None:
+    """Otherwise the test above would prove nothing."""
+    for name in VARIANTS:
+        for other in VARIANTS:
+            gap = (consumed[f"{name}.logits"] - consumed[f"{other}.logits"]).abs().max()
+            assert name == other or gap > 10 * TOLERANCE, (name, other)
+
+
+def test_skipped_layers_are_dense_in_the_artifact(artifacts: Path) -> None:
+    quantized, dense = read(artifacts / "skipped")
+    assert "model.layers.1.self_attn.q_proj.weight" in dense
+    assert len(quantized) == 4 * 6 - 1
+
+
+def test_the_consumer_leaves_skipped_layers_alone(artifacts: Path, ids: Tensor, tiny_llama: Path, tmp_path: Path) -> None:
+    consumed = consume(ids, [artifacts / "skipped"], tmp_path)
+    expected = reference_logits(artifacts / "skipped", tiny_llama, ids[:1])
+    torch.testing.assert_close(consumed["skipped.logits"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["dense", "gptq"])
+def test_a_missing_tensor_is_refused_and_not_made_up(name: str, artifacts: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "artifact"
+    damaged.mkdir()
+    for file in (artifacts / name).iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(damaged / "model.safetensors")
+    lost = "model.layers.2.mlp.up_proj." + ("weight" if name == "dense" else "qweight")
+    del tensors[lost]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    result = subprocess.run(
+        [sys.executable, "-m", "eval.perplexity", str(damaged), "--windows", "1", "--seq-len", "16"],
+        cwd=PROJECT,
+        env={**os.environ, **CONSUMERS["gptq"].environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stdout == ""
+    assert lost in result.stderr.splitlines()[-1]
+
+
+def test_an_unknown_container_is_refused_with_those_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "exl2"}}')
+    with pytest.raises(InputError, match=r"container exl2; known are safetensors, gptq"):
+        container_of(tmp_path)
+
+
+def test_every_container_has_a_consumer() -> None:
+    assert set(CONSUMERS) == set(CONTAINERS)
+
+
+@pytest.mark.slow
+def test_the_demo_model_is_quantized_as_promised(tmp_path: Path) -> None:
+    from calibration.sources import load_text
+    from quantize.demo_model import demo_model
+
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "quantize", "recipe=gptq", f"output_dir={run}"]
+    subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
+
+    step = json.loads((run / "manifest.json").read_text())["steps"]["quantize/gptq"]
+    assert step["peak_rss_bytes"] < 1.5 * 2**30
+    assert step["seconds"] < 180
+
+    artifact = run / "variants" / "gptq"
+    stream = AutoTokenizer.from_pretrained(artifact)(load_text("builtin", "heldout").text, add_special_tokens=False)
+    ids = torch.tensor(stream["input_ids"])[: 16 * 1024].view(16, 1024)
+    consumed = consume(ids, [artifact], tmp_path)
+    ppl = json.loads((run / "report.json").read_text())["variants"][0]["ppl"]
+    assert ppl == pytest.approx(math.exp(float(consumed["gptq.losses"].mean())), rel=1e-3)
+
+    expected = reference_logits(artifact, demo_model(), ids[:1])
+    torch.testing.assert_close(consumed["gptq.logits"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+if __name__ == "__main__":
+    write_logits(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[3:]], Path(sys.argv[2]))
