@@ -111,8 +111,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._raw_config = _load_config(path)
-        self.config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        self._raw_config, self.config = _load_config(path)
         self._files = {file: _open_safetensors(file) for file in _weight_files(path)}
         self._owner = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
         for name in self._owner:
@@ -203,7 +202,7 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
 
 
-def _load_config(path: Path) -> dict[str, Any]:
+def _load_config(path: Path) -> tuple[dict[str, Any], PretrainedConfig]:
     if not (path / "config.json").exists():
         raise InputError(f"{path} has no config.json; model.path must be a Hugging Face model directory")
     raw = _read_object(path / "config.json")
@@ -213,10 +212,9 @@ def _load_config(path: Path) -> dict[str, Any]:
     if "model_type" not in raw:
         raise InputError(f"{path}/config.json has no model_type; it is not a transformers model")
     try:
-        AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return raw, AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # config classes check their values by whatever their arithmetic raises
         raise InputError(f"{path}/config.json: model_type={raw['model_type']!r} is not usable ({one_line(error)})") from error
-    return raw
 
 
 def _read_object(file: Path) -> dict[str, Any]:

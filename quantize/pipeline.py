@@ -37,7 +37,6 @@ from quantize.manifest import Manifest, StepRecord, versions
 from quantize.run import Run
 
 log = logging.getLogger(__name__)
-REPORT_FILES = ("report.json", "report.md", "report.html", "report.png")
 
 
 def run_pipeline(config: RunConfig) -> Path:
