@@ -68,15 +68,20 @@ def unpack(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
 
 
 def quantization_config(
-    grid: Grid, options: Mapping[str, Any], skipped: Sequence[str] = (), layers: Sequence[str] = ()
+    grid: Grid,
+    options: Mapping[str, Any],
+    skipped: Sequence[str] = (),
+    layers: Sequence[str] = (),
+    others: Mapping[str, Grid] | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` entry of config.json.
 
     Args:
-        grid: the grid of every quantized layer.
-        options: solver facts worth recording: ``desc_act``, ``damp_percent``, ``true_sequential``, ``quantizer``.
+        grid: the grid of every quantized layer not in ``others``.
+        options: solver facts worth recording, by the names of the recipe's fields.
         skipped: full names of linear layers inside the blocks that stay dense.
         layers: full names of the quantized layers; needed where some are skipped.
+        others: layers on another grid.
     """
     quantization: dict[str, Any] = {
         "quant_method": "gptq",
@@ -85,18 +90,24 @@ def quantization_config(
         "group_size": grid.group_size,
         "sym": grid.symmetric,
         "desc_act": bool(options.get("desc_act", False)),
-        "static_groups": False,
+        "static_groups": bool(options.get("static_groups", False)),
         "true_sequential": bool(options.get("true_sequential", True)),
         "damp_percent": float(options.get("damp_percent", 0.01)),
-        "lm_head": False,
+        "lm_head": bool(options.get("lm_head", False)),
         "pack_dtype": "int32",
         "meta": {"quantizer": [options.get("quantizer", "quantize")]},
     }
+    # GPTQModel and vLLM read "dynamic": "+:" patterns name layers on another grid, "-:" patterns layers to leave alone.
+    dynamic: dict[str, dict[str, Any]] = {
+        f"+:^{re.escape(layer)}$": {"bits": other.bits, "group_size": other.group_size, "sym": other.symmetric}
+        for layer, other in (others or {}).items()
+    }
     if skipped:
-        # GPTQModel and vLLM leave layers alone that match a "-:" pattern; transformers quantizes only layers whose name
-        # ends in one of those listed, and full names say exactly which.
-        quantization["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+        dynamic |= {f"-:^{re.escape(name)}$": {} for name in skipped}
+        # Transformers quantizes only layers whose name ends in one of those listed, and full names say exactly which.
         quantization["modules_in_block_to_quantize"] = [list(layers)]
+    if dynamic:
+        quantization["dynamic"] = dynamic
     return quantization
 
 
@@ -104,30 +115,30 @@ def write(directory: Path, artifact: Artifact) -> None:
     """Write weights, ``config.json`` and ``quantize_config.json`` into an existing directory."""
     if artifact.grid is None:
         raise ValueError("a GPTQ checkpoint needs the grid of its layers")
-    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped, artifact.layers)
+    others: dict[str, Grid] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from artifact.dense
         for layer, tensor in artifact.quantized:
+            if tensor.grid != artifact.grid:
+                others[layer] = tensor.grid
             for suffix, packed in pack(tensor).items():
                 yield f"{layer}.{suffix}", packed
 
     write_shards(directory, tensors())
+    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped, artifact.layers, others)
     config = {**artifact.config, "quantization_config": quantization}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
 
 
 def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-    """Read a GPTQ checkpoint back: quantized layers and dense tensors, by name.
+    """Read a GPTQ checkpoint back, ours or another program's: quantized layers and dense tensors, by name.
 
     Raises:
         InputError: no or another ``quantization_config``, or a layer lacks one of its tensors.
     """
-    config = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
-    if config.get("quant_method") != "gptq" or config.get("checkpoint_format", "gptq") != "gptq":
-        raise InputError(f"{directory}/config.json does not describe a GPTQ v1 checkpoint (quant_method=gptq)")
-    grid = Grid(bits=config["bits"], group_size=config["group_size"], symmetric=config.get("sym", True))
+    config = _stored_config(directory)
     stored = read_shards(directory)
     layers = sorted(name.removesuffix(".qweight") for name in stored if name.endswith(".qweight"))
     quantized = {}
@@ -135,8 +146,34 @@ def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]
         missing = [suffix for suffix in SUFFIXES if layer + suffix not in stored]
         if missing:
             raise InputError(f"{directory}: layer {layer} lacks {', '.join(missing)}; the checkpoint is damaged")
-        quantized[layer] = unpack({suffix[1:]: stored.pop(layer + suffix) for suffix in SUFFIXES}, grid)
+        parts = {suffix[1:]: stored.pop(layer + suffix) for suffix in SUFFIXES}
+        quantized[layer] = unpack(parts, layer_grid(config, layer))
     return quantized, stored
+
+
+def _stored_config(directory: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json, or AutoGPTQ's own ``quantize_config.json``, which names no method."""
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    own = directory / "quantize_config.json"
+    if not config and own.exists():
+        config = {"quant_method": "gptq", **json.loads(own.read_text())}
+    if config.get("quant_method") != "gptq" or config.get("checkpoint_format", "gptq") != "gptq":
+        raise InputError(f"{directory}/config.json does not describe a GPTQ v1 checkpoint (quant_method=gptq)")
+    for key in ("bits", "group_size"):
+        if not isinstance(config.get(key), int):
+            raise InputError(f"{directory}: the quantization_config has no {key}; a GPTQ checkpoint names bits and group_size")
+    return config
+
+
+def layer_grid(config: Mapping[str, Any], layer: str) -> Grid:
+    """A layer's grid by a ``quantization_config``: its first matching ``dynamic`` rule, else the general fields."""
+    rules: Mapping[str, Any] = {}
+    for pattern, found in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), layer):
+            rules = found
+            break
+    merged = {**config, **rules}
+    return Grid(bits=merged["bits"], group_size=merged["group_size"], symmetric=merged.get("sym", True))
 
 
 CONTAINER = Container(quantized=True, check=check, write=write, read=read)

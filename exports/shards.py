@@ -63,6 +63,9 @@ def shard_files(directory: Path) -> list[Path]:
     if (directory / INDEX_FILE).exists():
         weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
         return [directory / name for name in sorted(set(weight_map.values()))]
+    if not (directory / SINGLE_FILE).exists():
+        # AutoGPTQ names its file after the grid: gptq_model-4bit-128g.safetensors.
+        return sorted(directory.glob("*.safetensors")) or [directory / SINGLE_FILE]
     return [directory / SINGLE_FILE]
 
 

@@ -20,7 +20,12 @@ from quantize.errors import InputError
 
 STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
-QUALITIES = ("fast", "balanced", "best")
+# What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "sweeps": 0},
+    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "sweeps": 0},
+    "best": {"search_steps": 80, "gptaq_alpha": 1.0, "sweeps": 4},
+}
 ACTIVATIONS = ("memory", "disk")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -48,6 +53,16 @@ class CalibrationConfig:
 
 
 @dataclass
+class OverrideConfig:
+    """An entry of ``solver.overrides``: another grid for the layers whose full name it matches; the first match counts."""
+
+    match: str = MISSING  # regular expression, searched for in the layer's full name
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+
+@dataclass
 class SolverConfig:
     """``solver``: how codes are chosen on the grid."""
 
@@ -56,10 +71,18 @@ class SolverConfig:
     group_size: int = 64
     symmetric: bool = False
     desc_act: bool = True
+    static_groups: bool = False
+    act_group_aware: bool = False
     damp_percent: float = 0.01
     true_sequential: bool = True
     block_size: int = 128
+    # null: as `quality` says
+    search_steps: int | None = None
+    gptaq_alpha: float | None = None
+    sweeps: int | None = None
+    lm_head: bool = False
     skip: list[str] = field(default_factory=list)
+    overrides: list[OverrideConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -71,10 +94,17 @@ class VariantSolverConfig(SolverConfig):
     group_size: int = II("solver.group_size")
     symmetric: bool = II("solver.symmetric")
     desc_act: bool = II("solver.desc_act")
+    static_groups: bool = II("solver.static_groups")
+    act_group_aware: bool = II("solver.act_group_aware")
     damp_percent: float = II("solver.damp_percent")
     true_sequential: bool = II("solver.true_sequential")
     block_size: int = II("solver.block_size")
+    search_steps: int | None = II("solver.search_steps")
+    gptaq_alpha: float | None = II("solver.gptaq_alpha")
+    sweeps: int | None = II("solver.sweeps")
+    lm_head: bool = II("solver.lm_head")
     skip: list[str] = II("solver.skip")
+    overrides: list[OverrideConfig] = II("solver.overrides")
 
 
 @dataclass
@@ -127,7 +157,7 @@ def validate(composed: Any) -> RunConfig:
         InputError: names the first key with an impossible value, what is allowed, and a value that would work.
     """
     config: RunConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    _one_of("quality", config.quality, QUALITIES)
+    _one_of("quality", config.quality, tuple(QUALITIES))
     _one_of("log_level", config.log_level, LOG_LEVELS)
     for stage in config.stages:
         _one_of("stages", stage, STAGES)
@@ -179,6 +209,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     # Late, because the registries import torch, and a wrong key elsewhere should be told at once.
     from exports import CONTAINERS
     from quantize.grids import Grid
+    from quantize.run import override_grid
     from quantize.solvers import SOLVERS
 
     solver = variant.solver
@@ -192,14 +223,32 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
         )
     if quantized:
         Grid(solver.bits, solver.group_size, solver.symmetric)
+    for override in solver.overrides:
+        _check_pattern(f"{key}.solver.overrides", override.match)
+        override_grid(solver, override)
+    if solver.desc_act and solver.act_group_aware:
+        raise InputError(
+            f"{key}.solver: desc_act and act_group_aware are two orders of the same columns; use act_group_aware=true "
+            "with desc_act=false"
+        )
+    if solver.search_steps is not None and solver.search_steps < 0:
+        raise InputError(f"{key}.solver.search_steps={solver.search_steps} is negative; use 0 (min-max), 40 or null")
+    if solver.gptaq_alpha is not None and not 0 <= solver.gptaq_alpha <= 1:
+        raise InputError(f"{key}.solver.gptaq_alpha={solver.gptaq_alpha} is not in [0, 1]; use 0 (off), 1 (full) or null")
+    if solver.sweeps is not None and solver.sweeps < 0:
+        raise InputError(f"{key}.solver.sweeps={solver.sweeps} is negative; use 0, 2 or null")
     if not 0 < solver.damp_percent < 1:
         raise InputError(f"{key}.solver.damp_percent={solver.damp_percent} is not inside (0, 1); use 0.01")
     _at_least(f"{key}.solver.block_size", solver.block_size, 1, 128)
     for pattern in solver.skip:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{key}.solver.skip: {pattern!r} is no regular expression ({error})") from error
+        _check_pattern(f"{key}.solver.skip", pattern)
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{key}: {pattern!r} is no regular expression ({error})") from error
 
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

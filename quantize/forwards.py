@@ -3,16 +3,22 @@
 True sequential order means: the inputs of each group of layers come from a block whose earlier groups are quantized
 already. The plain way runs the block again from its start for every group (:func:`rerun_forward`; about 2.2 forwards' work
 in a Llama block). :func:`suspended_forward` runs it once: every batch of the calibration set is a greenlet that stops in
-front of a group's first layer; when all have stopped, the group's Hessian is complete, the group is quantized, and all go
+front of a group's first layer; when all have stopped, the group's statistics are complete, the group is quantized, and all go
 on with the new weights. Only tensors alive at the stop are kept (the residual stream and one intermediate result).
 
 Both feed the solver the same inputs in the same order and give the same result; the second needs less time, the first
 less memory, so the first serves when activations spill to disk.
+
+A solver that wants to know how far the inputs have drifted from those of the unquantized model gets a :class:`Stream` of
+the latter: the same block with its own weights on its own hidden states, kept in step with the block being quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,31 +27,70 @@ from torch import Tensor, nn
 
 from quantize.blocks import Arguments, linear_layers
 
-Solve = Callable[[list[str], Tensor], None]  # (layers of one group, their Hessian): replaces the layers' weights
 Load = Callable[[int], Tensor]  # batch number -> hidden states [batch, tokens, hidden]
 Store = Callable[[int, Tensor], None]
+_TILE = 512  # columns of a tile of the Hessian's upper triangle
 
 
-class Hessian:
-    """Accumulates ``H = 2/n * sum(x x^T)`` over input rows ``x`` in float32 (GPTQ, arXiv:2210.17323, section 3.1)."""
+class Statistics:
+    """What a solver learns about the inputs ``x`` of a group of layers; everything is accumulated in float32.
+
+    The Hessian ``H = 2/n * sum(x x^T)`` (GPTQ, arXiv:2210.17323, section 3.1) and, where reference inputs are given, the drift
+    ``D = 2/n * sum((x_ref - x) x^T)``.
+
+    Attributes:
+        count: the number ``n`` of inputs so far.
+    """
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._count = 0
+        self.count = 0
+        self._hessian: Tensor | None = None
+        self._drift: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs ``[..., in_features]``; each leading index is one sample."""
+    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
+        """Add inputs ``[..., in_features]``, each leading index one sample, and the unquantized model's at the same places."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        if self._sum is None:
-            self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        self._sum.addmm_(rows.t(), rows)
-        self._count += rows.shape[0]
+        columns = rows.shape[1]
+        if self._hessian is None:
+            self._hessian = torch.zeros(columns, columns, device=rows.device)
+        # A symmetric rank-k update: only tiles on and above the diagonal are computed, each by the matrix product routine.
+        for start in range(0, columns, _TILE):
+            stop = min(start + _TILE, columns)
+            self._hessian[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
+        if reference is not None:
+            if self._drift is None:
+                self._drift = torch.zeros(columns, columns, device=rows.device)
+            self._drift.addmm_((reference.reshape(-1, columns).float() - rows).t(), rows)
+        self.count += rows.shape[0]
 
-    def value(self) -> Tensor:
+    def hessian(self) -> Tensor:
         """The Hessian, float32 ``[in_features, in_features]``."""
-        if self._sum is None:
+        if self._hessian is None or not self.count:
             raise ValueError("no inputs were added")
-        return self._sum * (2.0 / self._count)
+        upper = self._hessian.triu()
+        return (upper + upper.triu(1).t()).mul_(2.0 / self.count)
+
+    def drift(self) -> Tensor | None:
+        """The drift, float32 ``[in_features, in_features]``; None where no reference inputs were added."""
+        return None if self._drift is None else self._drift * (2.0 / self.count)
+
+
+Solve = Callable[[list[str], Statistics], None]  # (layers of one group, their inputs): replaces the layers' weights
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Hidden states on their way through a block.
+
+    Attributes:
+        block: the decoder block.
+        load: gives a batch's hidden states.
+        store: takes a batch's output hidden states.
+    """
+
+    block: nn.Module
+    load: Load
+    store: Store
 
 
 class _Stop(Exception):
@@ -94,116 +139,156 @@ def find_groups(block: nn.Module, hidden: Tensor, arguments: Arguments) -> list[
 
 @torch.no_grad()
 def suspended_forward(
-    block: nn.Module,
     groups: Sequence[list[str]],
     batches: int,
-    load: Load,
-    store: Store,
     arguments: Arguments,
+    quantized: Stream,
+    reference: Stream | None,
     solve: Solve,
 ) -> None:
-    """Quantize ``block`` group by group in a single forward of every batch.
+    """Quantize a block group by group in a single forward of every batch.
 
     Args:
-        block: the decoder block; ``solve`` replaces its layers' weights.
         groups: from :func:`find_groups`.
         batches: number of batches.
-        load: gives a batch's hidden states.
-        store: takes a batch's output hidden states.
         arguments: the block's other arguments.
+        quantized: the block whose weights ``solve`` replaces, and its hidden states.
+        reference: the same block unquantized on the unquantized model's hidden states; None: no drift is collected.
         solve: called once for each group, with complete statistics.
     """
-    hub = getcurrent()
-    hessians = [Hessian() for _ in groups]
+    statistics = [Statistics() for _ in groups]
     solved: set[int] = set()
+    with (
+        _workers(groups, batches, arguments, quantized, solved) as workers,
+        _workers(groups, batches, arguments, reference) as twins,
+    ):
+        at: list[tuple[int, Tensor | None]] = [(-1, None)] * batches  # where each twin has stopped
+
+        def expected(batch: int, number: int) -> Tensor | None:
+            """What the unquantized model feeds into group ``number``: a batch's twin is run on until it is there."""
+            while at[batch][0] < number and not twins[batch].dead:
+                at[batch] = twins[batch].switch() or (len(groups), None)
+            return at[batch][1] if at[batch][0] == number else None
+
+        def advance(batch: int) -> int | None:
+            """Let a batch run to its next stop; the group it stops at, or None at its end."""
+            number, inputs = workers[batch].switch() or (None, None)
+            reached = expected(batch, len(groups) if number is None else number) if reference else None
+            if number is not None:
+                statistics[number].add(inputs, reached)
+            return number
+
+        waiting = [advance(batch) for batch in range(batches)]
+        while any(stop is not None for stop in waiting):
+            number = min(stop for stop in waiting if stop is not None)
+            solve(groups[number], statistics[number])
+            statistics[number] = Statistics()
+            solved.add(number)
+            waiting = [advance(batch) if stop == number else stop for batch, stop in enumerate(waiting)]
+
+
+@contextlib.contextmanager
+def _workers(
+    groups: Sequence[list[str]], batches: int, arguments: Arguments, stream: Stream | None, solved: Container[int] = ()
+) -> Iterator[list[greenlet]]:
+    """One greenlet a batch, which at every switch runs on to the next group not in ``solved`` and gives ``(group, inputs)``."""
+    if stream is None:
+        yield []
+        return
+    hub = getcurrent()
 
     def stop_at(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if number not in solved:
-                hessians[number].add(args[0])
-                hub.switch(number)
+                hub.switch((number, args[0]))
 
         return hook
 
-    layers = linear_layers(block)
+    layers = linear_layers(stream.block)
     handles = [layers[group[0]].register_forward_pre_hook(stop_at(i)) for i, group in enumerate(groups)]
-    workers = [greenlet(lambda i: store(i, run_block(block, load(i), arguments))) for _ in range(batches)]
     try:
-        # A switch returns the number of the group the worker stopped at, or None when its forward is through.
-        waiting: list[int | None] = [worker.switch(i) for i, worker in enumerate(workers)]
-        while any(stop is not None for stop in waiting):
-            number = min(stop for stop in waiting if stop is not None)
-            solve(groups[number], hessians[number].value())
-            hessians[number] = Hessian()
-            solved.add(number)
-            waiting = [worker.switch() if stop == number else stop for worker, stop in zip(workers, waiting, strict=True)]
+        yield [greenlet(functools.partial(_forward, stream, arguments, batch)) for batch in range(batches)]
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _forward(stream: Stream, arguments: Arguments, batch: int) -> None:
+    stream.store(batch, run_block(stream.block, stream.load(batch), arguments))
+
+
 @torch.no_grad()
 def rerun_forward(
-    block: nn.Module,
     groups: Sequence[list[str]],
     batches: int,
-    load: Load,
-    store: Store,
     arguments: Arguments,
+    quantized: Stream,
+    reference: Stream | None,
     solve: Solve,
 ) -> None:
     """As :func:`suspended_forward`, by running the block from its start up to each group, then once to its end."""
     for group in groups:
-        for names, hessian in _collect(block, [group], batches, load, arguments, stop=True):
-            solve(names, hessian)
-    _finish(block, batches, load, store, arguments)
+        for names, statistics in _collect([group], batches, arguments, quantized, reference, stop=True):
+            solve(names, statistics)
+    _finish(batches, arguments, quantized, reference)
 
 
 @torch.no_grad()
 def parallel_forward(
-    block: nn.Module,
     groups: Sequence[list[str]],
     batches: int,
-    load: Load,
-    store: Store,
     arguments: Arguments,
+    quantized: Stream,
+    reference: Stream | None,
     solve: Solve,
 ) -> None:
     """``true_sequential=false``: all statistics come from the unquantized block, in one pass; a second gives the output."""
-    for names, hessian in _collect(block, groups, batches, load, arguments, stop=False):
-        solve(names, hessian)
-    _finish(block, batches, load, store, arguments)
+    for names, statistics in _collect(groups, batches, arguments, quantized, reference, stop=False):
+        solve(names, statistics)
+    _finish(batches, arguments, quantized, reference)
 
 
 def _collect(
-    block: nn.Module, groups: Sequence[list[str]], batches: int, load: Load, arguments: Arguments, stop: bool
-) -> list[tuple[list[str], Tensor]]:
-    hessians = [Hessian() for _ in groups]
+    groups: Sequence[list[str]],
+    batches: int,
+    arguments: Arguments,
+    quantized: Stream,
+    reference: Stream | None,
+    stop: bool,
+) -> list[tuple[list[str], Statistics]]:
+    statistics = [Statistics() for _ in groups]
+    for batch in range(batches):
+        expected = _inputs(groups, arguments, reference, batch, stop) if reference else {}
+        for number, inputs in _inputs(groups, arguments, quantized, batch, stop).items():
+            statistics[number].add(inputs, expected.get(number))
+    return list(zip(groups, statistics, strict=True))
 
-    def watch(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+
+def _inputs(groups: Sequence[list[str]], arguments: Arguments, stream: Stream, batch: int, stop: bool) -> dict[int, Tensor]:
+    """What one batch feeds into each group; ``stop`` ends the forward at the first."""
+    seen: dict[int, Tensor] = {}
+
+    def watch(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            hessian.add(args[0])
+            seen[number] = args[0]
             if stop:
                 raise _Stop
 
         return hook
 
-    layers = linear_layers(block)
-    handles = [
-        layers[group[0]].register_forward_pre_hook(watch(hessian)) for group, hessian in zip(groups, hessians, strict=True)
-    ]
+    layers = linear_layers(stream.block)
+    handles = [layers[group[0]].register_forward_pre_hook(watch(i)) for i, group in enumerate(groups)]
     try:
-        for i in range(batches):
-            try:
-                run_block(block, load(i), arguments)
-            except _Stop:
-                continue
+        run_block(stream.block, stream.load(batch), arguments)
+    except _Stop:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    return [(group, hessian.value()) for group, hessian in zip(groups, hessians, strict=True)]
+    return seen
 
 
-def _finish(block: nn.Module, batches: int, load: Load, store: Store, arguments: Arguments) -> None:
-    for i in range(batches):
-        store(i, run_block(block, load(i), arguments))
+def _finish(batches: int, arguments: Arguments, *streams: Stream | None) -> None:
+    for stream in filter(None, streams):
+        for batch in range(batches):
+            _forward(stream, arguments, batch)

@@ -6,6 +6,7 @@ enter block ``i + 1`` in ``hidden/i+1``. Both are written atomically, in that or
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import shutil
@@ -15,17 +16,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
 from quantize.files import atomic_directory, write_tensors, write_text
-from quantize.forwards import find_groups, parallel_forward, rerun_forward, suspended_forward
+from quantize.forwards import Statistics, Stream, find_groups, parallel_forward, rerun_forward, suspended_forward
 from quantize.grids import Grid, QuantizedTensor
 from quantize.logs import progress
 from quantize.manifest import release_memory
-from quantize.run import Run, calibration_windows
-from quantize.solvers import SOLVERS, LayerProblem, SolverOptions
+from quantize.run import Run, calibration_windows, grid_of, solver_options
+from quantize.solvers import SOLVERS, LayerProblem
 
 log = logging.getLogger(__name__)
 _PARTS = ("codes", "scales", "zeros", "g_idx")
@@ -91,21 +92,21 @@ class BlockFiles:
         return [self.path(index) for index in range(self.count)]
 
     @staticmethod
-    def read_all(directory: Path, grid: Grid) -> Iterator[tuple[str, QuantizedTensor]]:
+    def read_all(directory: Path, variant: VariantConfig) -> Iterator[tuple[str, QuantizedTensor]]:
         """All quantized layers of a finished quantization, block by block."""
         for path in sorted(directory.glob("block-*.safetensors")):
             with safe_open(path, "pt") as file:
                 layers = sorted({name.rsplit(".", 1)[0] for name in file.keys()})  # noqa: SIM118
                 for layer in layers:
                     parts = {part: file.get_tensor(f"{layer}.{part}") for part in _PARTS}
-                    yield layer, QuantizedTensor(**parts, grid=grid)
+                    yield layer, QuantizedTensor(**parts, grid=grid_of(variant, layer))
 
 
 class HiddenStates:
     """The hidden states between two blocks, in batches: on disk always (to resume from), and in memory if wanted."""
 
-    def __init__(self, directory: Path, batches: int, in_memory: bool) -> None:
-        self.directory, self.batches, self._in_memory = directory, batches, in_memory
+    def __init__(self, directory: Path, in_memory: bool) -> None:
+        self.directory, self._in_memory = directory, in_memory
         self._kept: dict[int, Tensor] = {}
 
     def load(self, batch: int) -> Tensor:
@@ -120,16 +121,21 @@ class HiddenStates:
     def store(self, directory: Path, batch: int, hidden: Tensor) -> None:
         """Write one batch below ``directory`` (temporary, renamed by the caller when all are there)."""
         hidden = hidden.detach()
-        write_tensors(self._file(directory, batch), {"hidden": hidden})
+        self.write(directory, batch, hidden)
         if self._in_memory:
             self._kept[batch] = hidden
+
+    @classmethod
+    def write(cls, directory: Path, batch: int, hidden: Tensor) -> None:
+        """Write one batch's file below ``directory``."""
+        write_tensors(cls._file(directory, batch), {"hidden": hidden})
 
     @staticmethod
     def _file(directory: Path, batch: int) -> Path:
         return directory / f"batch-{batch:05d}.safetensors"
 
 
-def quantize_blocks(run: Run, variant: VariantConfig, grid: Grid, files: BlockFiles) -> None:
+def quantize_blocks(run: Run, variant: VariantConfig, files: BlockFiles) -> None:
     """Quantize every block that ``files`` does not have yet."""
     with_hidden = SOLVERS[variant.solver.name].needs_calibration
     first = files.done(with_hidden)
@@ -137,44 +143,34 @@ def quantize_blocks(run: Run, variant: VariantConfig, grid: Grid, files: BlockFi
         files.forget_seconds()
     else:
         log.info("going on after block %d of %d", first, files.count)
-    step = _calibrated_step(run, variant, grid, files, first) if with_hidden else _plain_step(run, variant, grid, files)
+    step = _calibrated_step(run, variant, files, first) if with_hidden else _plain_step(run, variant, files)
     for index in progress(range(first, files.count), "quantize", total=files.count, done=first):
         started = time.perf_counter()
         step(index)
         files.add_seconds(time.perf_counter() - started)
 
 
-def _options(run: Run, variant: VariantConfig) -> SolverOptions:
-    solver = variant.solver
-    return SolverOptions(
-        desc_act=solver.desc_act,
-        damp_percent=solver.damp_percent,
-        block_size=solver.block_size,
-        quality=run.config.quality,
-    )
-
-
-def _plain_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockFiles) -> Callable[[int], None]:
+def _plain_step(run: Run, variant: VariantConfig, files: BlockFiles) -> Callable[[int], None]:
     """Blocks of a solver that needs no data."""
-    solver, options = SOLVERS[variant.solver.name], _options(run, variant)
+    solver, options = SOLVERS[variant.solver.name], solver_options(run.config, variant)
 
     def step(index: int) -> None:
         done = {}
         for layer in run.walk.layer_names(index):
             if not skipped(layer, variant.solver.skip):
-                problem = LayerProblem([layer], [run.walk.weight(layer)], grid, None, options)
+                problem = LayerProblem([layer], [run.walk.weight(layer)], grid_of(variant, layer), None, options)
                 done[layer] = solver.solve(problem)[0]
         files.write(index, done)
 
     return step
 
 
-def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockFiles, first: int) -> Callable[[int], None]:
+def _calibrated_step(run: Run, variant: VariantConfig, files: BlockFiles, first: int) -> Callable[[int], None]:
     """Blocks of a solver that sees the inputs of each layer, block ``first`` being the next."""
     walk, solver, options, calibration = (
         run.walk,
         SOLVERS[variant.solver.name],
-        _options(run, variant),
+        solver_options(run.config, variant),
         run.config.calibration,
     )
     windows = calibration_windows(run)
@@ -184,48 +180,70 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
     if not variant.solver.true_sequential:
         forward = parallel_forward
     arguments = walk.block_arguments(windows.shape[1])
+    # The hidden states of the quantized model, and those of the unquantized one where the solver wants to know the drift.
+    kinds = ("quantized", "reference") if options.gptaq_alpha else ("quantized",)
     if first == 0 and not files.hidden(0).exists():
         with atomic_directory(files.hidden(0)) as directory:
             for i, batch in enumerate(batches):
-                write_tensors(HiddenStates._file(directory, i), {"hidden": walk.block_inputs(batch)})
-    state = HiddenStates(files.hidden(first), len(batches), in_memory)
+                hidden = walk.block_inputs(batch)
+                for kind in kinds:
+                    HiddenStates.write(directory / kind, i, hidden)
+    states = {kind: HiddenStates(files.hidden(first) / kind, in_memory) for kind in kinds}
 
     def step(index: int) -> None:
-        nonlocal state
+        nonlocal states
         done: dict[str, QuantizedTensor] = {}
         prefix = f"{walk.path}.{index}."
-        following = HiddenStates(files.hidden(index + 1), len(batches), in_memory)
-        with walk.loaded_block(index) as block, atomic_directory(following.directory) as directory:
+        following = {kind: HiddenStates(files.hidden(index + 1) / kind, in_memory) for kind in kinds}
+        with walk.loaded_block(index) as block, atomic_directory(files.hidden(index + 1)) as directory:
+            # Parameters are shared: a solved layer's weight is replaced in one block, not changed in both.
+            twin = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
             layers = linear_layers(block)
             groups = [
                 [name for name in group if not skipped(prefix + name, variant.solver.skip)]
-                for group in find_groups(block, state.load(0).to(walk.device), arguments[index])
+                for group in find_groups(block, states["quantized"].load(0).to(walk.device), arguments[index])
             ]
             _require_all(prefix, layers, groups, variant.solver.skip)
 
-            def solve(names: list[str], hessian: Tensor) -> None:
-                weights = [walk.weight(prefix + name) for name in names]
-                problem = LayerProblem([prefix + name for name in names], weights, grid, hessian, options)
-                for name, tensor in zip(names, solver.solve(problem), strict=True):
-                    set_linear_weight(layers[name], tensor.dequantize())
-                    done[prefix + name] = tensor
+            def solve(names: list[str], statistics: Statistics) -> None:
+                hessian, drift = statistics.hessian(), statistics.drift()
+                for grid, members in _by_grid(variant, [prefix + name for name in names]).items():
+                    weights = [walk.weight(name) for name in members]
+                    problem = LayerProblem(members, weights, grid, hessian, options, drift, statistics.count)
+                    for name, tensor in zip(members, solver.solve(problem), strict=True):
+                        set_linear_weight(layers[name.removeprefix(prefix)], tensor.dequantize())
+                        done[name] = tensor
                 release_memory()
 
+            def stream(kind: str, module: nn.Module) -> Stream:
+                return Stream(
+                    module,
+                    lambda batch: states[kind].load(batch).to(walk.device),
+                    lambda batch, hidden: following[kind].store(directory / kind, batch, hidden),
+                )
+
             forward(
-                block,
                 [group for group in groups if group],
                 len(batches),
-                lambda batch: state.load(batch).to(walk.device),
-                lambda batch, hidden: following.store(directory, batch, hidden),
                 arguments[index],
+                stream("quantized", block),
+                stream("reference", twin) if "reference" in kinds else None,
                 solve,
             )
             files.write(index, done)
-        shutil.rmtree(state.directory)
-        state = following
+        shutil.rmtree(files.hidden(index))
+        states = following
         release_memory()
 
     return step
+
+
+def _by_grid(variant: VariantConfig, names: list[str]) -> dict[Grid, list[str]]:
+    """Layers that share an input and are solved together: those on the same grid."""
+    members: dict[Grid, list[str]] = {}
+    for name in names:
+        members.setdefault(grid_of(variant, name), []).append(name)
+    return members
 
 
 def _require_all(prefix: str, layers: Iterable[str], groups: list[list[str]], patterns: list[str]) -> None:

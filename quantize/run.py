@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,9 +14,10 @@ from torch import Tensor
 
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import Checkpoint, open_checkpoint
-from quantize.config import RunConfig, VariantConfig
+from quantize.config import QUALITIES, OverrideConfig, RunConfig, SolverConfig, VariantConfig
 from quantize.devices import resolve_compute_dtype, resolve_device
 from quantize.grids import Grid
+from quantize.solvers import SolverOptions
 
 
 @dataclass
@@ -63,6 +66,43 @@ def calibration_windows(run: Run) -> Tensor:
     return windows
 
 
-def grid_of(variant: VariantConfig) -> Grid:
-    """The grid a variant's codes live on."""
-    return Grid(variant.solver.bits, variant.solver.group_size, variant.solver.symmetric)
+def grid_of(variant: VariantConfig, layer: str = "") -> Grid:
+    """The grid of a layer's codes: the first of ``solver.overrides`` that matches its full name, else the variant's."""
+    solver = variant.solver
+    for override in solver.overrides:
+        if layer and re.search(override.match, layer):
+            return override_grid(solver, override)
+    return Grid(solver.bits, solver.group_size, solver.symmetric)
+
+
+def override_grid(solver: SolverConfig, override: OverrideConfig) -> Grid:
+    """The grid of layers that ``override`` matches: what it leaves open is the solver's.
+
+    Raises:
+        InputError: impossible bits or group size.
+    """
+    return Grid(
+        solver.bits if override.bits is None else override.bits,
+        solver.group_size if override.group_size is None else override.group_size,
+        solver.symmetric if override.symmetric is None else override.symmetric,
+    )
+
+
+def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
+    """The solver's options: fields of the recipe, and what ``quality`` says of those left null."""
+    solver, preset = variant.solver, QUALITIES[config.quality]
+
+    def chosen(name: str) -> Any:
+        value = getattr(solver, name)
+        return preset[name] if value is None else value
+
+    return SolverOptions(
+        desc_act=solver.desc_act,
+        static_groups=solver.static_groups,
+        act_group_aware=solver.act_group_aware,
+        damp_percent=solver.damp_percent,
+        block_size=solver.block_size,
+        search_steps=chosen("search_steps"),
+        gptaq_alpha=chosen("gptaq_alpha"),
+        sweeps=chosen("sweeps"),
+    )

@@ -110,12 +110,11 @@ def selected_layers(run: Run, variant: VariantConfig) -> list[str]:
     Raises:
         InputError: one of them cannot be stored in the variant's container on its grid.
     """
-    grid = grid_of(variant)
     layers = []
     for index in range(run.walk.count):
         for name, (rows, columns) in run.walk.layer_names(index).items():
             if not skipped(name, variant.solver.skip):
-                CONTAINERS[variant.container].check(name, rows, columns, grid)
+                CONTAINERS[variant.container].check(name, rows, columns, grid_of(variant, name))
                 layers.append(name)
     return layers
 
@@ -126,7 +125,7 @@ def quantize(run: Run, name: str, key: str, record: StepRecord) -> None:
     selected_layers(run, variant)
     files = BlockFiles(run.work("quantize", name), key, run.walk.count)
     started = time.perf_counter()
-    quantize_blocks(run, variant, grid_of(variant), files)
+    quantize_blocks(run, variant, files)
     record.earlier_seconds = files.earlier_seconds(started)
     record.files = files.finish()
 
@@ -150,7 +149,7 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     artifact = Artifact(
         config=checkpoint.config_dict(),
         dense=dense(),
-        quantized=BlockFiles.read_all(run.work("quantize", name), grid_of(variant)) if layers else (),
+        quantized=BlockFiles.read_all(run.work("quantize", name), variant) if layers else (),
         grid=grid_of(variant) if layers else None,
         layers=tuple(layers),
         skipped=tuple(layer for layer in everything if f"{layer}.weight" not in weights),

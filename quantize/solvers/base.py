@@ -12,19 +12,29 @@ from quantize.grids import Grid, QuantizedTensor
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """Options shared by all solvers; each uses those that concern it.
+    """Options shared by all solvers; each uses those that concern it. ``docs/gptq.md`` says what each buys.
 
     Attributes:
         desc_act: take columns in order of falling Hessian diagonal (AutoGPTQ's "activation order").
+        static_groups: groups are consecutive columns whose scales are fixed before any rounding, whatever the order.
+        act_group_aware: groups are consecutive columns; whole groups are ordered by importance, and columns inside a group.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean.
         block_size: columns quantized before their error is passed on to the rest in one matrix product.
-        quality: ``fast``, ``balanced`` or ``best``: effort spent on choosing scales.
+        search_steps: candidates of the Hessian-weighted scale search besides the min-max range; 0 takes min-max.
+        search_range: the largest shrinkage of the range that is tried, in [0, 1).
+        gptaq_alpha: share of the inputs' error that the weights are to make good, 0 (none) to 1 (all).
+        sweeps: coordinate-descent passes over the codes after the first rounding.
     """
 
     desc_act: bool = True
+    static_groups: bool = False
+    act_group_aware: bool = False
     damp_percent: float = 0.01
     block_size: int = 128
-    quality: str = "balanced"
+    search_steps: int = 40
+    search_range: float = 0.6
+    gptaq_alpha: float = 0.0
+    sweeps: int = 0
 
 
 @dataclass
@@ -37,6 +47,9 @@ class LayerProblem:
         grid: the target grid.
         hessian: float32 ``[in_features, in_features]``, ``2/n * sum(x x^T)``; None for solvers without calibration.
         options: the solver's options.
+        drift: float32 ``[in_features, in_features]``, ``2/n * sum((x_ref - x) x^T)`` with ``x_ref`` the input in the
+            unquantized model; None where it was not collected.
+        tokens: the number ``n`` of inputs in the statistics.
     """
 
     names: list[str]
@@ -44,6 +57,8 @@ class LayerProblem:
     grid: Grid
     hessian: Tensor | None
     options: SolverOptions
+    drift: Tensor | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

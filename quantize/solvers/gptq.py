@@ -9,22 +9,27 @@ the Cholesky form of the paper's algorithm 1)::
 
 The sum of ``e_j^2`` over all columns is exactly the layer's loss. Updates beyond the current block of ``block_size`` columns
 are saved up and applied as one matrix product ("lazy batch updates").
+
+Two things go past the paper, and both leave its loss and its format alone. The inputs of a layer are themselves damaged by
+the quantization of earlier layers; :func:`make_good` moves the target so that the layer's *output* stays what it was in the
+unquantized model (the objective of GPTAQ, arXiv:2504.02692, reached in closed form). And after the first pass
+:mod:`quantize.solvers.descent` revisits every code.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantize.grids import Grid, QuantizedTensor
-from quantize.solvers.base import LayerProblem, Solver
+from quantize.solvers.base import LayerProblem, Solver, SolverOptions
+from quantize.solvers.descent import sweep
 
 log = logging.getLogger(__name__)
 
-# Candidates of the Hessian-weighted scale search (Grid.find_params) and the largest range shrinkage tried.
-SEARCH = {"fast": (20, 0.5), "balanced": (40, 0.6), "best": (80, 0.6)}
 _MAX_DAMP = 1.0
 
 
@@ -43,33 +48,88 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
     # An input that was always zero says nothing about its column; its weights do not matter and become zero.
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
 
-    columns = weight.shape[1]
-    if options.desc_act:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    else:
-        order = torch.arange(columns, device=weight.device)
-    hessian = hessian[order][:, order]
-    factor = inverse_factor(hessian, options.damp_percent, problem.names)
-    codes, scales, zeros, loss = feed_back(
-        weight[:, order], factor, hessian.diagonal(), grid, options.block_size, SEARCH[options.quality]
-    )
+    plan = plan_columns(hessian.diagonal(), grid, options)
+    hessian = hessian[plan.order][:, plan.order]
+    factor = inverse_factor(hessian, damping(options, len(hessian), problem.tokens), problem.names)
+    drift = problem.drift if options.gptaq_alpha else None
+    shift = None if drift is None else make_good(weight, options.gptaq_alpha * drift, factor, plan.order)
+    weight[:, dead] = 0
+    weight = weight[:, plan.order]
+    if shift is not None:
+        weight += shift
+
+    codes, scales, zeros, loss = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
+    if options.sweeps:
+        codes = sweep(weight, codes, hessian, scales, zeros, plan.groups, grid, options.sweeps)
     log.debug("%s: loss %.4g", problem.names[0], loss)
 
-    original = torch.argsort(order)
-    group_of_rank = (torch.arange(columns, device=weight.device) // grid.columns_per_group(columns)).to(torch.int32)
+    original = torch.argsort(plan.order)
     sizes = [w.shape[0] for w in problem.weights]
     return [
         QuantizedTensor(
             codes=part[:, original].contiguous(),
             scales=scale.to(grid.scale_dtype).contiguous(),
             zeros=zero.to(torch.uint8).contiguous(),
-            g_idx=group_of_rank[original],
+            g_idx=plan.groups[original].to(torch.int32),
             grid=grid,
         )
         for part, scale, zero in zip(*(torch.split(t, sizes) for t in (codes, scales, zeros)), strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """In which order columns are rounded, and which of them share a scale.
+
+    Attributes:
+        order: int64 ``[columns]``: the original column that is rounded first, second, ...
+        groups: int64 ``[columns]``: the grid group of each, in that order.
+        static: scales are found before rounding starts, from the weights as they are.
+    """
+
+    order: Tensor
+    groups: Tensor
+    static: bool
+
+
+def plan_columns(importance: Tensor, grid: Grid, options: SolverOptions) -> ColumnPlan:
+    """Order and groups for columns whose Hessian diagonal is ``importance``, ``[columns]``.
+
+    With ``desc_act`` alone, groups are formed along the order, so that columns of like importance share a scale; the
+    artifact then needs a ``g_idx`` that is not monotonic, and kernels gather by it. ``static_groups`` and
+    ``act_group_aware`` both round important columns first while groups stay consecutive columns.
+    """
+    columns = len(importance)
+    size = grid.columns_per_group(columns)
+    natural = torch.arange(columns, device=importance.device)
+    groups = natural // size
+    if options.act_group_aware:
+        means = torch.zeros(grid.num_groups(columns), device=importance.device)
+        counts = torch.bincount(groups).to(means.dtype)
+        means.index_add_(0, groups, importance).div_(counts)
+        if columns % size:
+            means[-1] = -1  # a ragged group comes last, so that groups and lazy blocks end together
+        # Two stable sorts make one lexicographic order: by the group's mean, then by the column's own importance.
+        order = torch.argsort(importance, descending=True, stable=True)
+        rank = torch.argsort(torch.argsort(means, descending=True, stable=True))
+        order = order[torch.argsort(rank[groups[order]], stable=True)]
+        return ColumnPlan(order, groups[order], options.static_groups)
+    if not options.desc_act:
+        return ColumnPlan(natural, groups, options.static_groups)
+    order = torch.argsort(importance, descending=True, stable=True)
+    return ColumnPlan(order, groups[order] if options.static_groups else groups, options.static_groups)
+
+
+def damping(options: SolverOptions, columns: int, tokens: int | None) -> float:
+    """``damp_percent``, raised where fewer tokens than columns were seen (an expert that the router seldom chose).
+
+    ``n`` tokens span at most ``n`` of the ``columns`` directions, and what they say of those is noisy in proportion: the
+    damping grows by ``columns / n``, which draws the result towards plain rounding as the evidence gets thin.
+    """
+    if tokens is None or tokens >= columns:
+        return options.damp_percent
+    return min(options.damp_percent * columns / max(tokens, 1), _MAX_DAMP)
 
 
 def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Tensor:
@@ -105,8 +165,26 @@ def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Te
     return inverse.flip(0, 1)
 
 
+def make_good(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """What to add to ``weight`` so that it does to the damaged inputs what it did to the undamaged ones.
+
+    ``|W X_ref - Q X|^2`` is, but for a constant, ``|W* X - Q X|^2`` with the least-squares target
+    ``W* = W X_ref X^T (X X^T)^-1 = W + W (X_ref - X) X^T H^-1``, so that GPTQ itself need not change.
+
+    Args:
+        weight: float32 ``[rows, columns]``, columns in the layer's own order.
+        drift: ``(X_ref - X) X^T`` on the scale of the Hessian, float32 ``[columns, columns]``, in the layer's own order.
+        factor: ``U`` from :func:`inverse_factor`, in the order of rounding.
+        order: the order of rounding.
+
+    Returns:
+        ``W* - W``, float32 ``[rows, columns]``, columns in the order of rounding.
+    """
+    return weight @ drift[:, order] @ factor.t() @ factor
+
+
 def feed_back(
-    weight: Tensor, factor: Tensor, importance: Tensor, grid: Grid, block_size: int, search: tuple[int, float]
+    weight: Tensor, factor: Tensor, importance: Tensor, grid: Grid, plan: ColumnPlan, options: SolverOptions
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Round all columns in order, each with the error of those before it fed back.
 
@@ -114,42 +192,48 @@ def feed_back(
         weight: float32 ``[rows, columns]``, columns already in the order of rounding.
         factor: ``U`` from :func:`inverse_factor`.
         importance: the Hessian's diagonal, ``[columns]``: weight of a column's error in the scale search.
-        grid: the grid; every ``group_size`` columns in this order share a scale.
-        block_size: columns in a lazy block; raised to a multiple of the group size where one does not divide the other.
-        search: candidates and range of the scale search.
+        grid: the grid.
+        plan: which columns share a scale, and whether scales are found before rounding.
+        options: ``block_size`` (raised to a multiple of the group size where one does not divide the other) and the search.
 
     Returns:
         codes uint8 ``[rows, columns]``, scales and zeros float32 ``[rows, groups]``, and the loss ``sum e^2``.
     """
     rows, columns = weight.shape
-    group_size = grid.columns_per_group(columns)
-    if group_size < columns and block_size % group_size and group_size % block_size:
-        block_size = max(block_size // group_size, 1) * group_size
+    size, block_size, search = grid.columns_per_group(columns), options.block_size, (options.search_steps, options.search_range)
+    if size < columns and block_size % size and size % block_size:
+        block_size = max(block_size // size, 1) * size
     # Column j of the layer is row j here: one column's work then touches consecutive memory.
     remaining = weight.t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
+    scales = torch.empty(grid.num_groups(columns), rows, device=weight.device)
+    zeros = torch.empty_like(scales)
+
+    def choose_scale(group: int, members: Tensor) -> None:
+        scales[group], zeros[group] = grid.find_params(remaining[members].t().contiguous(), importance[members], *search)
+
+    group_of: list[int] = plan.groups.tolist()
+    if plan.static:
+        for group in range(len(scales)):
+            choose_scale(group, torch.nonzero(plan.groups == group)[:, 0])
     loss = 0.0
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         errors = torch.empty(end - start, rows, device=weight.device)
         for j in range(start, end):
-            if j % group_size == 0:
-                stop = min(j + group_size, columns)
-                scale, zero = grid.find_params(remaining[j:stop].t().contiguous(), importance[j:stop], *search)
-                scales.append(scale)
-                zeros.append(zero)
-            column = remaining[j]
-            code = grid.encode(column, scale, zero)
+            group = group_of[j]
+            if not plan.static and (j == 0 or group != group_of[j - 1]):
+                choose_scale(group, torch.arange(j, min(j + size, columns), device=weight.device))
+            scale, zero = scales[group], zeros[group]
+            code = grid.encode(remaining[j], scale, zero)
             codes[j] = code
-            error = column.sub((code - zero) * scale).div_(factor[j, j])
+            error = remaining[j].sub((code - zero) * scale).div_(factor[j, j])
             errors[j - start] = error
             if j + 1 < end:
                 remaining[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
         remaining[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
         loss += float(errors.square().sum())
-    return codes.t(), torch.stack(scales, 1), torch.stack(zeros, 1), loss
+    return codes.t(), scales.t(), zeros.t(), loss
 
 
 SOLVER = Solver(quantizes=True, needs_calibration=True, solve=solve)

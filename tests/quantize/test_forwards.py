@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from quantize.blocks import Arguments, DecoderWalk, linear_layers, set_linear_weight
 from quantize.checkpoint import open_checkpoint
-from quantize.forwards import Hessian, find_groups, parallel_forward, rerun_forward, run_block, suspended_forward
+from quantize.forwards import (
+    Statistics,
+    Stream,
+    find_groups,
+    parallel_forward,
+    rerun_forward,
+    run_block,
+    suspended_forward,
+)
 
 FORWARDS = [suspended_forward, rerun_forward, parallel_forward]
 SEQUENTIAL = [suspended_forward, rerun_forward]
@@ -43,15 +52,24 @@ def bench(tiny_llama: Path) -> Bench:
 class Run:
     """One forward over all batches with a solver that rounds weights coarsely; notes all that passes."""
 
-    def __init__(self, bench: Bench, forward: Callable[..., None], groups: list[list[str]] | None = None) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        forward: Callable[..., None],
+        groups: list[list[str]] | None = None,
+        reference: list[Tensor] | None = None,
+    ) -> None:
         self.solved: list[tuple[list[str], Tensor]] = []
+        self.drifts: list[Tensor | None] = []
+        self.reference_outputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
         self.loads: list[int] = []
         with bench.block() as block:
             layers = linear_layers(block)
 
-            def solve(names: list[str], hessian: Tensor) -> None:
-                self.solved.append((names, hessian.clone()))
+            def solve(names: list[str], statistics: Statistics) -> None:
+                self.solved.append((names, statistics.hessian()))
+                self.drifts.append(statistics.drift())
                 for name in names:
                     weight = layers[name].get_parameter("weight")
                     set_linear_weight(layers[name], (weight * 8).round() / 8)
@@ -65,8 +83,10 @@ class Run:
                 self.outputs[batch] = hidden
 
             groups = bench.groups(block) if groups is None else groups
-            forward(block, groups, len(bench.batches), load, store, bench.arguments, solve)
-            assert hooks(block) == 0
+            twin = copy.deepcopy(block)
+            stream = reference and Stream(twin, reference.__getitem__, self.reference_outputs.__setitem__)
+            forward(groups, len(bench.batches), bench.arguments, Stream(block, load, store), stream, solve)
+            assert hooks(block) == hooks(twin) == 0
             self.final = [run_block(block, hidden, bench.arguments).detach() for hidden in bench.batches]
 
 
@@ -120,20 +140,20 @@ def test_outputs_are_the_quantized_blocks(bench: Bench, forward: Callable[..., N
 def test_each_group_sees_the_groups_before_it_quantized(bench: Bench, forward: Callable[..., None]) -> None:
     earlier: list[str] = []
     for names, hessian in Run(bench, forward).solved:
-        expected = Hessian()
+        expected = Statistics()
         for inputs in layer_inputs(bench, names[0], round_first=earlier):
             expected.add(inputs)
-        assert torch.equal(hessian, expected.value()), names
+        assert torch.equal(hessian, expected.hessian()), names
         earlier += names
 
 
 def test_parallel_forward_sees_unquantized_inputs_only(bench: Bench) -> None:
     parallel, sequential = Run(bench, parallel_forward), Run(bench, rerun_forward)
     for names, hessian in parallel.solved:
-        expected = Hessian()
+        expected = Statistics()
         for inputs in layer_inputs(bench, names[0], round_first=[]):
             expected.add(inputs)
-        assert torch.equal(hessian, expected.value()), names
+        assert torch.equal(hessian, expected.hessian()), names
     assert torch.equal(parallel.solved[0][1], sequential.solved[0][1])
     for (names, left), (_, right) in list(zip(parallel.solved, sequential.solved, strict=True))[1:]:
         assert not torch.equal(left, right), names
@@ -162,15 +182,8 @@ def test_no_batch_is_run_beyond_the_group_it_is_needed_for(bench: Bench, forward
         for name in ("self_attn.q_proj", "mlp.down_proj"):
             layers[name].register_forward_hook(lambda *_, name=name: calls.append(name))
         batches = len(bench.batches)
-        forward(
-            block,
-            groups,
-            batches,
-            bench.batches.__getitem__,
-            lambda batch, hidden: None,
-            bench.arguments,
-            lambda names, hessian: None,
-        )
+        stream = Stream(block, bench.batches.__getitem__, lambda batch, hidden: None)
+        forward(groups, batches, bench.arguments, stream, None, lambda names, statistics: None)
         for name in ("self_attn.q_proj", "mlp.down_proj"):
             layers[name]._forward_hooks.clear()
     assert calls.count("mlp.down_proj") == batches
@@ -188,20 +201,13 @@ def test_failure_of_the_solver_propagates_and_leaves_no_hooks(
         groups = bench.groups(block)
         before = [run_block(block, hidden, bench.arguments).detach() for hidden in bench.batches]
 
-        def solve(names: list[str], hessian: Tensor) -> None:
+        def solve(names: list[str], statistics: Statistics) -> None:
             if names == groups[failing_group]:
                 raise ValueError("the Hessian cannot be factorised")
 
         with pytest.raises(ValueError, match="the Hessian cannot be factorised"):
-            forward(
-                block,
-                groups,
-                len(bench.batches),
-                bench.batches.__getitem__,
-                lambda batch, _: stored.append(batch),
-                bench.arguments,
-                solve,
-            )
+            stream = Stream(block, bench.batches.__getitem__, lambda batch, _: stored.append(batch))
+            forward(groups, len(bench.batches), bench.arguments, stream, None, solve)
         assert hooks(block) == 0
         after = [run_block(block, hidden, bench.arguments).detach() for hidden in bench.batches]
     assert stored == []
@@ -222,30 +228,72 @@ def test_failure_to_load_or_store_propagates(bench: Bench, forward: Callable[...
         groups = bench.groups(block)
         for loads, message in ((load, "cannot read batch 1"), (bench.batches.__getitem__, "cannot write")):
             with pytest.raises(OSError, match=message):
-                forward(block, groups, len(bench.batches), loads, store, bench.arguments, lambda names, hessian: None)
+                stream = Stream(block, loads, store)
+                forward(groups, len(bench.batches), bench.arguments, stream, None, lambda names, statistics: None)
             assert hooks(block) == 0
 
 
-def test_hessian_is_twice_the_mean_outer_product() -> None:
-    inputs = torch.randn(3, 10, 6, generator=torch.Generator().manual_seed(0))
-    rows = inputs.view(-1, 6).double()
-    hessian = Hessian()
-    for part in (inputs[:1], inputs[1:, :4], inputs[1:, 4:], torch.empty(0, 6)):
-        hessian.add(part)
-    assert hessian.value().dtype == torch.float32
-    assert torch.allclose(hessian.value().double(), 2 / 30 * rows.t() @ rows, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("columns", [6, 700])  # below and above one tile of the symmetric update
+def test_hessian_is_twice_the_mean_outer_product(columns: int) -> None:
+    inputs = torch.randn(3, 10, columns, generator=torch.Generator().manual_seed(0))
+    rows = inputs.view(-1, columns).double()
+    statistics = Statistics()
+    for part in (inputs[:1], inputs[1:, :4], inputs[1:, 4:], torch.empty(0, columns)):
+        statistics.add(part)
+    assert statistics.count == 30
+    assert statistics.hessian().dtype == torch.float32
+    assert torch.equal(statistics.hessian(), statistics.hessian().t())
+    assert torch.allclose(statistics.hessian().double(), 2 / 30 * rows.t() @ rows, rtol=1e-5, atol=1e-6)
+    assert statistics.drift() is None
+
+
+def test_drift_is_twice_the_mean_product_of_deviation_and_input() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, reference = (torch.randn(3, 10, 6, generator=generator) for _ in range(2))
+    statistics = Statistics()
+    for part in (slice(0, 1), slice(1, 3)):
+        statistics.add(inputs[part], reference[part])
+    deviation, rows = (reference - inputs).view(-1, 6).double(), inputs.view(-1, 6).double()
+    drift = statistics.drift()
+    assert drift is not None
+    assert torch.allclose(drift.double(), 2 / 30 * deviation.t() @ rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_drift_is_collected_against_the_unquantized_model(bench: Bench, forward: Callable[..., None]) -> None:
+    undamaged = [hidden + 0.01 * torch.sin(torch.arange(hidden.numel())).view_as(hidden) for hidden in bench.batches]
+    run, plain = Run(bench, forward, reference=undamaged), Run(bench, forward)
+    with bench.block() as block:
+        for batch, hidden in enumerate(undamaged):
+            assert torch.equal(run.reference_outputs[batch], run_block(block, hidden, bench.arguments))
+    # The reference neither changes what is quantized nor what comes out.
+    for (names, left), (_, right) in zip(run.solved, plain.solved, strict=True):
+        assert torch.equal(left, right), names
+    assert all(torch.equal(run.outputs[batch], plain.outputs[batch]) for batch in run.outputs)
+    earlier: list[str] = []
+    for (names, _), drift in zip(run.solved, run.drifts, strict=True):
+        expected = Statistics()
+        damaged = layer_inputs(bench, names[0], round_first=[] if forward is parallel_forward else earlier)
+        kept, bench.batches = bench.batches, undamaged
+        clean = layer_inputs(bench, names[0], round_first=[])
+        bench.batches = kept
+        for inputs, reference in zip(damaged, clean, strict=True):
+            expected.add(inputs, reference)
+        wanted = expected.drift()
+        assert drift is not None and wanted is not None and torch.equal(drift, wanted), names
+        earlier += names
 
 
 def test_hessian_of_half_precision_inputs_is_summed_in_float32() -> None:
     inputs = torch.full((5000, 2), 10.0, dtype=torch.float16)  # the sum, 500000, is beyond float16
-    hessian = Hessian()
-    hessian.add(inputs)
-    assert hessian.value().tolist() == [[200.0, 200.0], [200.0, 200.0]]
+    statistics = Statistics()
+    statistics.add(inputs)
+    assert statistics.hessian().tolist() == [[200.0, 200.0], [200.0, 200.0]]
 
 
 def test_hessian_without_inputs_is_refused() -> None:
     with pytest.raises(ValueError, match="no inputs were added"):
-        Hessian().value()
+        Statistics().hessian()
 
 
 def test_groups_leave_out_what_is_not_reached_and_remove_their_hooks() -> None:

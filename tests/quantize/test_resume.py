@@ -45,7 +45,7 @@ def overrides(model: Path, directory: Path) -> list[str]:
         "calibration.seq_len=32",
         "calibration.batch_tokens=64",
         "solver.group_size=32",
-        "quality=fast",
+        "quality=best",
         "stages=[load,calibrate,quantize,export]",
     ]
 
@@ -95,7 +95,7 @@ def sabotage(case: str) -> None:
 
         def store_and_die(self: Any, directory: Path, batch: int, hidden: Any) -> None:
             store(self, directory, batch, hidden)
-            if directory.name.startswith(f".{int(number):05d}"):
+            if directory.parent.name.startswith(f".{int(number):05d}"):
                 die()
 
         quantizer.HiddenStates.store = store_and_die
@@ -105,7 +105,7 @@ def sabotage(case: str) -> None:
         def rmtree_half(path: Any, **options: Any) -> None:
             # The states that enter the block just finished are dropped once those of the next one are there.
             if Path(path).parent.name == "hidden" and Path(path).name == f"{int(number) - 1:05d}":
-                next(Path(path).iterdir()).unlink()
+                next(Path(path).rglob("*.safetensors")).unlink()
                 die()
             rmtree(path, **options)
 
