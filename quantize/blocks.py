@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import InputError, one_line
+from quantize.experts import separate_experts
 
 # Where transformers' decoder families keep their blocks. A family not listed is found by its shape.
 BLOCK_PATHS = {
@@ -40,6 +41,10 @@ BLOCK_PATHS = {
             "granite",
             "olmo2",
             "smollm3",
+            "qwen2_moe",
+            "qwen3_moe",
+            "olmoe",
+            "mixtral",
         ),
         "model.layers",
     ),
@@ -101,11 +106,12 @@ class DecoderWalk:
                 model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False)
         except ValueError as error:
             raise InputError(f"{checkpoint.path}: no causal language model can be built ({one_line(error)})") from error
+        self._stored = set(checkpoint.names())
+        separate_experts(model, self._stored)
         self._model = model.eval().requires_grad_(False)
         self.path = BLOCK_PATHS.get(checkpoint.config.model_type) or find_block_path(self._model)
         self._blocks: nn.ModuleList = self._model.get_submodule(self.path)
         self.count = len(self._blocks)
-        self._stored = set(checkpoint.names())
         self._prefix = f"{self._model.base_model_prefix}."
         self._parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for module in self._model.modules():
