@@ -12,7 +12,10 @@ less memory, so the first serves when activations spill to disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,17 +24,22 @@ from torch import Tensor, nn
 
 from quantize.blocks import Arguments, linear_layers
 
-Solve = Callable[[list[str], Tensor], None]  # (layers of one group, their Hessian): replaces the layers' weights
+# (layers of one group, their Hessian or None where no row reached them): replaces the layers' weights
+Solve = Callable[[list[str], Tensor | None], None]
 Load = Callable[[int], Tensor]  # batch number -> hidden states [batch, tokens, hidden]
 Store = Callable[[int, Tensor], None]
 
 
 class Hessian:
-    """Accumulates ``H = 2/n * sum(x x^T)`` over input rows ``x`` in float32 (GPTQ, arXiv:2210.17323, section 3.1)."""
+    """Accumulates ``H = 2/n * sum(x x^T)`` over input rows ``x`` in float32 (GPTQ, arXiv:2210.17323, section 3.1).
+
+    Attributes:
+        count: number of rows added. An expert's layers see only the tokens routed to it, perhaps none.
+    """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._count = 0
+        self.count = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs ``[..., in_features]``; each leading index is one sample."""
@@ -39,13 +47,13 @@ class Hessian:
         if self._sum is None:
             self._sum = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         self._sum.addmm_(rows.t(), rows)
-        self._count += rows.shape[0]
+        self.count += rows.shape[0]
 
     def value(self) -> Tensor:
         """The Hessian, float32 ``[in_features, in_features]``."""
-        if self._sum is None:
+        if self._sum is None or not self.count:
             raise ValueError("no inputs were added")
-        return self._sum * (2.0 / self._count)
+        return self._sum * (2.0 / self.count)
 
 
 class _Stop(Exception):
@@ -64,32 +72,84 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
 
 
 @torch.no_grad()
-def find_groups(block: nn.Module, hidden: Tensor, arguments: Arguments) -> list[list[str]]:
-    """Names of the block's linear layers, grouped by shared input, in order of execution.
+def find_groups(block: nn.Module, batches: Iterable[Tensor], arguments: Arguments) -> list[list[str]]:
+    """Names of the block's linear layers, grouped by shared input, in an order of execution that holds for every batch.
 
-    Layers that this forward does not reach are left out.
+    One window reaches all layers of a dense block. Experts are reached by the tokens routed to them, so further windows are
+    run until every layer has been seen. Layers that no batch reaches are left out.
+
+    Args:
+        block: the decoder block.
+        batches: hidden states ``[windows, tokens, hidden]``; no more are taken than needed.
+        arguments: the block's other arguments.
     """
+    layers = list(linear_layers(block))
     groups: list[list[str]] = []
-    seen: list[Tensor] = []  # keeps the inputs alive, so that identity is not fooled by reused memory
+    owner: dict[str, int] = {}
+    sequences: list[list[int]] = []
+    for hidden in batches:
+        for part in (hidden[:1], hidden[1:]):
+            if len(part) and len(owner) < len(layers):
+                observed = _observe(block, part, arguments)
+                for names in observed:
+                    # A layer reached for the first time shares no Hessian with one that was reached without it.
+                    if fresh := [name for name in names if name not in owner]:
+                        owner.update(dict.fromkeys(fresh, len(groups)))
+                        groups.append(fresh)
+                sequences.append(list(dict.fromkeys(owner[name] for names in observed for name in names)))
+        if len(owner) == len(layers):
+            break
+    return _merge(groups, sequences, layers)
+
+
+def _observe(block: nn.Module, hidden: Tensor, arguments: Arguments) -> list[list[str]]:
+    """The groups of one forward, in its order."""
+    groups: list[list[str]] = []
+    # Identity of an input is meant while it lives: memory is reused afterwards, but a dead reference equals nothing.
+    seen: list[weakref.ref[Tensor]] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for group, tensor in zip(groups, seen, strict=True):
-                if tensor is args[0]:
+            if not args[0].numel() or any(name in group for group in groups):
+                return
+            for group, reference in zip(groups, seen, strict=True):
+                if reference() is args[0]:
                     group.append(name)
                     return
             groups.append([name])
-            seen.append(args[0])
+            seen.append(weakref.ref(args[0]))
 
         return hook
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(block).items()]
     try:
-        run_block(block, hidden[:1], arguments)
+        run_block(block, hidden, arguments)
     finally:
         for handle in handles:
             handle.remove()
     return groups
+
+
+def _merge(groups: list[list[str]], sequences: list[list[int]], layers: list[str]) -> list[list[str]]:
+    """All groups in an order that agrees with every observed sequence of group numbers, else in order of definition."""
+    position = {name: number for number, name in enumerate(layers)}
+    rank = [min(position[name] for name in group) for group in groups]
+    sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(groups)), ()))
+    for sequence in sequences:
+        for earlier, later in pairwise(sequence):
+            sorter.add(later, earlier)
+    try:
+        sorter.prepare()
+    except CycleError:
+        return [groups[number] for number in sorted(range(len(groups)), key=rank.__getitem__)]
+    order: list[int] = []
+    ready: set[int] = set()
+    while sorter.is_active():
+        ready.update(sorter.get_ready())
+        order.append(min(ready, key=rank.__getitem__))
+        ready.remove(order[-1])
+        sorter.done(order[-1])
+    return [groups[number] for number in order]
 
 
 @torch.no_grad()
@@ -111,7 +171,7 @@ def suspended_forward(
         load: gives a batch's hidden states.
         store: takes a batch's output hidden states.
         arguments: the block's other arguments.
-        solve: called once for each group, with complete statistics.
+        solve: called once for each group, in order, with complete statistics; with None where no batch reached the group.
     """
     hub = getcurrent()
     hessians = [Hessian() for _ in groups]
@@ -131,9 +191,8 @@ def suspended_forward(
     try:
         # A switch returns the number of the group the worker stopped at, or None when its forward is through.
         waiting: list[int | None] = [worker.switch(i) for i, worker in enumerate(workers)]
-        while any(stop is not None for stop in waiting):
-            number = min(stop for stop in waiting if stop is not None)
-            solve(groups[number], hessians[number].value())
+        for number, group in enumerate(groups):
+            solve(group, _value(hessians[number]))
             hessians[number] = Hessian()
             solved.add(number)
             waiting = [worker.switch() if stop == number else stop for worker, stop in zip(workers, waiting, strict=True)]
@@ -177,7 +236,7 @@ def parallel_forward(
 
 def _collect(
     block: nn.Module, groups: Sequence[list[str]], batches: int, load: Load, arguments: Arguments, stop: bool
-) -> list[tuple[list[str], Tensor]]:
+) -> list[tuple[list[str], Tensor | None]]:
     hessians = [Hessian() for _ in groups]
 
     def watch(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -201,7 +260,11 @@ def _collect(
     finally:
         for handle in handles:
             handle.remove()
-    return [(group, hessian.value()) for group, hessian in zip(groups, hessians, strict=True)]
+    return [(group, _value(hessian)) for group, hessian in zip(groups, hessians, strict=True)]
+
+
+def _value(hessian: Hessian) -> Tensor | None:
+    return hessian.value() if hessian.count else None
 
 
 def _finish(block: nn.Module, batches: int, load: Load, store: Store, arguments: Arguments) -> None:

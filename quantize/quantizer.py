@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
+from quantize.experts import is_router
 from quantize.files import atomic_directory, write_tensors, write_text
 from quantize.forwards import find_groups, parallel_forward, rerun_forward, suspended_forward
 from quantize.grids import Grid, QuantizedTensor
@@ -32,8 +33,8 @@ _PARTS = ("codes", "scales", "zeros", "g_idx")
 
 
 def skipped(layer: str, patterns: list[str]) -> bool:
-    """Whether a layer's full name matches one of the regular expressions in ``solver.skip``."""
-    return any(re.search(pattern, layer) for pattern in patterns)
+    """Whether a layer is a router, or its full name matches one of the regular expressions in ``solver.skip``."""
+    return is_router(layer) or any(re.search(pattern, layer) for pattern in patterns)
 
 
 class BlockFiles:
@@ -199,18 +200,24 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
             layers = linear_layers(block)
             groups = [
                 [name for name in group if not skipped(prefix + name, variant.solver.skip)]
-                for group in find_groups(block, state.load(0).to(walk.device), arguments[index])
+                for group in find_groups(block, (state.load(i).to(walk.device) for i in range(len(batches))), arguments[index])
             ]
-            _require_all(prefix, layers, groups, variant.solver.skip)
+            without_input: list[str] = []
 
-            def solve(names: list[str], hessian: Tensor) -> None:
+            def solve(names: list[str], hessian: Tensor | None) -> None:
                 weights = [walk.weight(prefix + name) for name in names]
                 problem = LayerProblem([prefix + name for name in names], weights, grid, hessian, options)
-                for name, tensor in zip(names, solver.solve(problem), strict=True):
+                if hessian is None:
+                    without_input.extend(problem.names)
+                used = SOLVERS["rtn"] if hessian is None else solver
+                for name, tensor in zip(names, used.solve(problem), strict=True):
                     set_linear_weight(layers[name], tensor.dequantize())
                     done[prefix + name] = tensor
                 release_memory()
 
+            # Before the forward: should the quantized block route a token to one of these, it meets its final weights.
+            for name in _unreached(prefix, layers, groups, variant.solver.skip):
+                solve([name], None)
             forward(
                 block,
                 [group for group in groups if group],
@@ -220,6 +227,8 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
                 arguments[index],
                 solve,
             )
+            if without_input:
+                log.warning("no calibration token reaches %s; rounded to nearest", ", ".join(without_input))
             files.write(index, done)
         shutil.rmtree(state.directory)
         state = following
@@ -228,8 +237,7 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
     return step
 
 
-def _require_all(prefix: str, layers: Iterable[str], groups: list[list[str]], patterns: list[str]) -> None:
+def _unreached(prefix: str, layers: Iterable[str], groups: list[list[str]], patterns: list[str]) -> list[str]:
+    """Layers to quantize that are in no group: experts to which no calibration token is routed."""
     reached = {name for group in groups for name in group}
-    for name in layers:
-        if name not in reached and not skipped(prefix + name, patterns):
-            raise ValueError(f"{prefix}{name} got no calibration input; add it to solver.skip")
+    return [name for name in layers if name not in reached and not skipped(prefix + name, patterns)]
