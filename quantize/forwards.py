@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from quantize.blocks import Arguments, linear_layers
 
-# (layers of one group, their Hessian or None where no row reached them): replaces the layers' weights
-Solve = Callable[[list[str], Tensor | None], None]
 Load = Callable[[int], Tensor]  # batch number -> hidden states [batch, tokens, hidden]
 Store = Callable[[int, Tensor], None]
 
@@ -54,6 +52,9 @@ class Hessian:
         if self._sum is None or not self.count:
             raise ValueError("no inputs were added")
         return self._sum * (2.0 / self.count)
+
+
+Solve = Callable[[list[str], Hessian], None]  # (layers of one group, sum over their inputs): replaces the layers' weights
 
 
 class _Stop(Exception):
@@ -171,17 +172,16 @@ def suspended_forward(
         load: gives a batch's hidden states.
         store: takes a batch's output hidden states.
         arguments: the block's other arguments.
-        solve: called once for each group, in order, with complete statistics; with None where no batch reached the group.
+        solve: called once for each group, in order, with complete statistics; their ``count`` is 0 where no token of any
+            batch reached the group.
     """
     hub = getcurrent()
-    hessians = [Hessian() for _ in groups]
     solved: set[int] = set()
 
     def stop_at(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if number not in solved:
-                hessians[number].add(args[0])
-                hub.switch(number)
+                hub.switch((number, args[0]))
 
         return hook
 
@@ -189,16 +189,28 @@ def suspended_forward(
     handles = [layers[group[0]].register_forward_pre_hook(stop_at(i)) for i, group in enumerate(groups)]
     workers = [greenlet(lambda i: store(i, run_block(block, load(i), arguments))) for _ in range(batches)]
     try:
-        # A switch returns the number of the group the worker stopped at, or None when its forward is through.
-        waiting: list[int | None] = [worker.switch(i) for i, worker in enumerate(workers)]
+        # A switch returns the group the worker stopped at and what it stopped with, or None when its forward is through.
+        waiting: list[tuple[int, Tensor] | None] = [worker.switch(i) for i, worker in enumerate(workers)]
         for number, group in enumerate(groups):
-            solve(group, _value(hessians[number]))
-            hessians[number] = Hessian()
+            here = [batch for batch, stop in enumerate(waiting) if stop is not None and stop[0] == number]
+            solve(group, _sum_up(waiting[batch] for batch in here))
             solved.add(number)
-            waiting = [worker.switch() if stop == number else stop for worker, stop in zip(workers, waiting, strict=True)]
+            for batch in here:
+                waiting[batch] = None  # lets go of the input before the worker goes on
+                waiting[batch] = workers[batch].switch()
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sum_up(stops: Iterable[tuple[int, Tensor] | None]) -> Hessian:
+    # In order of batches and not of arrival: a batch that misses a group comes early to the next, and rounding depends on
+    # the order of a sum.
+    hessian = Hessian()
+    for stop in stops:
+        if stop is not None:
+            hessian.add(stop[1])
+    return hessian
 
 
 @torch.no_grad()
@@ -236,7 +248,7 @@ def parallel_forward(
 
 def _collect(
     block: nn.Module, groups: Sequence[list[str]], batches: int, load: Load, arguments: Arguments, stop: bool
-) -> list[tuple[list[str], Tensor | None]]:
+) -> list[tuple[list[str], Hessian]]:
     hessians = [Hessian() for _ in groups]
 
     def watch(hessian: Hessian) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -260,11 +272,7 @@ def _collect(
     finally:
         for handle in handles:
             handle.remove()
-    return [(group, _value(hessian)) for group, hessian in zip(groups, hessians, strict=True)]
-
-
-def _value(hessian: Hessian) -> Tensor | None:
-    return hessian.value() if hessian.count else None
+    return list(zip(groups, hessians, strict=True))
 
 
 def _finish(block: nn.Module, batches: int, load: Load, store: Store, arguments: Arguments) -> None:

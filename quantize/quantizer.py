@@ -21,7 +21,7 @@ from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
 from quantize.experts import is_router
 from quantize.files import atomic_directory, write_tensors, write_text
-from quantize.forwards import find_groups, parallel_forward, rerun_forward, suspended_forward
+from quantize.forwards import Hessian, find_groups, parallel_forward, rerun_forward, suspended_forward
 from quantize.grids import Grid, QuantizedTensor
 from quantize.logs import progress
 from quantize.manifest import release_memory
@@ -204,12 +204,13 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
             ]
             without_input: list[str] = []
 
-            def solve(names: list[str], hessian: Tensor | None) -> None:
+            def solve(names: list[str], hessian: Hessian) -> None:
                 weights = [walk.weight(prefix + name) for name in names]
-                problem = LayerProblem([prefix + name for name in names], weights, grid, hessian, options)
-                if hessian is None:
+                value = hessian.value() if hessian.count else None
+                problem = LayerProblem([prefix + name for name in names], weights, grid, value, options)
+                if value is None:
                     without_input.extend(problem.names)
-                used = SOLVERS["rtn"] if hessian is None else solver
+                used = SOLVERS["rtn"] if value is None else solver
                 for name, tensor in zip(names, used.solve(problem), strict=True):
                     set_linear_weight(layers[name], tensor.dequantize())
                     done[prefix + name] = tensor
@@ -217,7 +218,7 @@ def _calibrated_step(run: Run, variant: VariantConfig, grid: Grid, files: BlockF
 
             # Before the forward: should the quantized block route a token to one of these, it meets its final weights.
             for name in _unreached(prefix, layers, groups, variant.solver.skip):
-                solve([name], None)
+                solve([name], Hessian())
             forward(
                 block,
                 [group for group in groups if group],

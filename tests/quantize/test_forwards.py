@@ -50,8 +50,8 @@ class Run:
         with bench.block() as block:
             layers = linear_layers(block)
 
-            def solve(names: list[str], hessian: Tensor) -> None:
-                self.solved.append((names, hessian.clone()))
+            def solve(names: list[str], hessian: Hessian) -> None:
+                self.solved.append((names, hessian.value()))
                 for name in names:
                     weight = layers[name].get_parameter("weight")
                     set_linear_weight(layers[name], (weight * 8).round() / 8)
@@ -188,7 +188,7 @@ def test_failure_of_the_solver_propagates_and_leaves_no_hooks(
         groups = bench.groups(block)
         before = [run_block(block, hidden, bench.arguments).detach() for hidden in bench.batches]
 
-        def solve(names: list[str], hessian: Tensor) -> None:
+        def solve(names: list[str], hessian: Hessian) -> None:
             if names == groups[failing_group]:
                 raise ValueError("the Hessian cannot be factorised")
 
