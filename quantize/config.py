@@ -59,7 +59,7 @@ class SolverConfig:
     damp_percent: float = 0.01
     true_sequential: bool = True
     block_size: int = 128
-    skip: list[str] = field(default_factory=list)
+    skip: list[str] = field(default_factory=list)  # besides the routers of experts, which always stay as they are
 
 
 @dataclass

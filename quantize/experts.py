@@ -76,8 +76,8 @@ class Experts(nn.Module):
             # An expert without tokens is not run: its layers are not reached.
             if bool((top_k_index == number).any()):
                 tokens, choice = torch.where(top_k_index == number)
-                output = expert(hidden[tokens], self._apply_gate) * top_k_weights[tokens, choice, None]
-                total.index_add_(0, tokens, output.to(total.dtype))
+                weights = top_k_weights[tokens, choice, None]
+                total.index_add_(0, tokens, (expert(hidden[tokens], self._apply_gate) * weights).to(total.dtype))
         return total
 
 
