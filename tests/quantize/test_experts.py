@@ -170,8 +170,14 @@ def test_experts_stored_fused_or_computed_otherwise_are_left_alone() -> None:
     apart = [f"model.layers.{i}.mlp.experts.0.gate_proj.weight" for i in range(2)]
     separate_experts(model, [name for name, _ in model.named_parameters()])
     assert not any(isinstance(module, Experts) for module in model.modules())
-    model.get_submodule("model.layers.0.mlp.experts").is_transposed = True
-    separate_experts(model, apart)
+    other = model.get_submodule("model.layers.0.mlp.experts")
+    for flag in ("is_transposed", "has_post_expert_norm"):
+        before = getattr(other, flag)
+        setattr(other, flag, True)
+        separate_experts(model, apart[:1])
+        assert not any(isinstance(module, Experts) for module in model.modules()), flag
+        setattr(other, flag, before)
+    separate_experts(model, apart[1:])
     found = [name for name, module in model.named_modules() if isinstance(module, Experts)]
     assert found == ["model.layers.1.mlp.experts"]
     assert all(parameter.is_meta for parameter in model.parameters())

@@ -166,6 +166,12 @@ def test_sequences_of_batches_are_merged(routes: list[tuple[int, ...]], expected
     assert groups == [[f"steps.{number}"] for number in expected]
 
 
+def test_every_window_of_a_batch_is_looked_at() -> None:
+    block = Routes()
+    groups = find_groups(block, [torch.cat([route(2), route(0)]), torch.cat([route(2), route(4)])], ((), {}))
+    assert groups == [["steps.0"], ["steps.2"], ["steps.4"]]
+
+
 def test_layer_first_reached_later_stays_out_of_an_earlier_group() -> None:
     class Sharing(Routes):
         def forward(self, hidden: Tensor) -> Tensor:
