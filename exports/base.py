@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ class Artifact:
         config: the model's Hugging Face config.
         dense: ``(name, tensor)`` of everything not quantized, in the checkpoint's own types.
         quantized: ``(layer name, tensor)`` of every quantized layer.
-        grid: the grid of the quantized layers; None where nothing is quantized.
+        grid: the grid of most quantized layers; None where nothing is quantized.
         skipped: linear layers inside decoder blocks that were left unquantized.
-        layers: full names of all quantized layers (``quantized`` is a stream and can be read only once).
-        options: solver facts worth recording in the artifact: ``desc_act``, ``damp_percent``, ``true_sequential``,
-            ``quantizer``.
+        options: solver facts worth recording in the artifact, by the names of the recipe's fields, and ``quantizer``.
+        layers: the grid of every quantized layer, by full name (``quantized`` is a stream and can be read only once).
     """
 
     config: Mapping[str, Any]
@@ -33,7 +32,7 @@ class Artifact:
     grid: Grid | None
     skipped: tuple[str, ...]
     options: Mapping[str, Any]
-    layers: tuple[str, ...] = ()
+    layers: Mapping[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""The GPTQ checkpoint container (format v1, as AutoGPTQ writes it and transformers, GPTQModel and vLLM read it).
+"""The GPTQ checkpoint container (as AutoGPTQ writes it and transformers, GPTQModel and vLLM read it).
 
 Each quantized layer ``L`` of shape ``[out, in]`` is stored as::
 
     L.qweight  int32   [in * bits / 32, out]      codes, packed along the input dimension (see exports.packing)
-    L.qzeros   int32   [groups, out * bits / 32]  zero_point - 1, packed along the output dimension
+    L.qzeros   int32   [groups, out * bits / 32]  zero_point - 1 (format v2: zero_point), packed along the output dimension
     L.scales   float16 [groups, out]
     L.g_idx    int32   [in]                       group of each input column
 
@@ -43,49 +43,57 @@ def check(name: str, out_features: int, in_features: int, grid: Grid) -> None:
             )
 
 
-def pack(tensor: QuantizedTensor) -> dict[str, Tensor]:
+def pack(tensor: QuantizedTensor, version: int = 1) -> dict[str, Tensor]:
     """The four stored tensors of one layer, by suffix (``qweight``, ``qzeros``, ``scales``, ``g_idx``)."""
-    if bool((tensor.zeros < 1).any()):
+    if version == 1 and bool((tensor.zeros < 1).any()):
         raise ValueError("zero points below 1 cannot be stored in GPTQ v1: zero_point - 1 would borrow from its neighbour")
     bits = tensor.grid.bits
+    stored_zeros = tensor.zeros - 1 if version == 1 else tensor.zeros
     return {
         "qweight": pack_rows(tensor.codes.t().contiguous(), bits),
-        "qzeros": pack_rows((tensor.zeros - 1).contiguous(), bits).t().contiguous(),
+        "qzeros": pack_rows(stored_zeros.contiguous(), bits).t().contiguous(),
         "scales": tensor.scales.t().contiguous().to(torch.float16),
         "g_idx": tensor.g_idx.to(torch.int32),
     }
 
 
-def unpack(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
+def unpack(stored: Mapping[str, Tensor], grid: Grid, version: int = 1) -> QuantizedTensor:
     """Inverse of :func:`pack`."""
+    zeros = unpack_rows(stored["qzeros"].t().contiguous(), grid.bits)
     return QuantizedTensor(
         codes=unpack_rows(stored["qweight"], grid.bits).t().contiguous(),
         scales=stored["scales"].t().contiguous(),
-        zeros=unpack_rows(stored["qzeros"].t().contiguous(), grid.bits) + 1,
+        zeros=zeros + 1 if version == 1 else zeros,
         g_idx=stored["g_idx"].to(torch.int32),
         grid=grid,
     )
 
 
+def format_version(layers: Mapping[str, Grid], grid: Grid, options: Mapping[str, Any]) -> int:
+    """1, which everything reads, unless GPTQModel's own loader is needed and a grid is asymmetric.
+
+    That loader (mixed grids, ``lm_head``, experts) trusts asymmetric v1 files of nobody but itself; v2, which stores zero
+    points as they are, it takes from anyone.
+    """
+    own = options.get("lm_head") or any(other != grid or ".experts." in name for name, other in layers.items())
+    return 2 if own and not all(other.symmetric for other in layers.values()) else 1
+
+
 def quantization_config(
-    grid: Grid,
-    options: Mapping[str, Any],
-    skipped: Sequence[str] = (),
-    layers: Sequence[str] = (),
-    others: Mapping[str, Grid] | None = None,
+    grid: Grid, options: Mapping[str, Any], skipped: Sequence[str] = (), layers: Mapping[str, Grid] | None = None
 ) -> dict[str, Any]:
     """The ``quantization_config`` entry of config.json.
 
     Args:
-        grid: the grid of every quantized layer not in ``others``.
+        grid: the grid of every quantized layer that ``layers`` does not put on another.
         options: solver facts worth recording, by the names of the recipe's fields.
         skipped: full names of linear layers inside the blocks that stay dense.
-        layers: full names of the quantized layers; needed where some are skipped.
-        others: layers on another grid.
+        layers: the grid of every quantized layer, by full name.
     """
+    layers = layers or {}
     quantization: dict[str, Any] = {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq" if format_version(layers, grid, options) == 1 else "gptq_v2",
         "bits": grid.bits,
         "group_size": grid.group_size,
         "sym": grid.symmetric,
@@ -100,7 +108,8 @@ def quantization_config(
     # GPTQModel and vLLM read "dynamic": "+:" patterns name layers on another grid, "-:" patterns layers to leave alone.
     dynamic: dict[str, dict[str, Any]] = {
         f"+:^{re.escape(layer)}$": {"bits": other.bits, "group_size": other.group_size, "sym": other.symmetric}
-        for layer, other in (others or {}).items()
+        for layer, other in layers.items()
+        if other != grid
     }
     if skipped:
         dynamic |= {f"-:^{re.escape(name)}$": {} for name in skipped}
@@ -115,18 +124,16 @@ def write(directory: Path, artifact: Artifact) -> None:
     """Write weights, ``config.json`` and ``quantize_config.json`` into an existing directory."""
     if artifact.grid is None:
         raise ValueError("a GPTQ checkpoint needs the grid of its layers")
-    others: dict[str, Grid] = {}
+    version = format_version(artifact.layers, artifact.grid, artifact.options)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from artifact.dense
         for layer, tensor in artifact.quantized:
-            if tensor.grid != artifact.grid:
-                others[layer] = tensor.grid
-            for suffix, packed in pack(tensor).items():
+            for suffix, packed in pack(tensor, version).items():
                 yield f"{layer}.{suffix}", packed
 
     write_shards(directory, tensors())
-    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped, artifact.layers, others)
+    quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped, artifact.layers)
     config = {**artifact.config, "quantization_config": quantization}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
@@ -147,7 +154,8 @@ def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]
         if missing:
             raise InputError(f"{directory}: layer {layer} lacks {', '.join(missing)}; the checkpoint is damaged")
         parts = {suffix[1:]: stored.pop(layer + suffix) for suffix in SUFFIXES}
-        quantized[layer] = unpack(parts, layer_grid(config, layer))
+        version = 2 if config.get("checkpoint_format") == "gptq_v2" else 1
+        quantized[layer] = unpack(parts, layer_grid(config, layer), version)
     return quantized, stored
 
 
@@ -157,8 +165,8 @@ def _stored_config(directory: Path) -> dict[str, Any]:
     own = directory / "quantize_config.json"
     if not config and own.exists():
         config = {"quant_method": "gptq", **json.loads(own.read_text())}
-    if config.get("quant_method") != "gptq" or config.get("checkpoint_format", "gptq") != "gptq":
-        raise InputError(f"{directory}/config.json does not describe a GPTQ v1 checkpoint (quant_method=gptq)")
+    if config.get("quant_method") != "gptq" or config.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        raise InputError(f"{directory}/config.json does not describe a GPTQ checkpoint (quant_method=gptq)")
     for key in ("bits", "group_size"):
         if not isinstance(config.get(key), int):
             raise InputError(f"{directory}: the quantization_config has no {key}; a GPTQ checkpoint names bits and group_size")

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import InputError, one_line
+from quantize.experts import separate_experts
 
 # Where transformers' decoder families keep their blocks. A family not listed is found by its shape.
 BLOCK_PATHS = {
@@ -40,6 +41,10 @@ BLOCK_PATHS = {
             "granite",
             "olmo2",
             "smollm3",
+            "qwen2_moe",
+            "qwen3_moe",
+            "olmoe",
+            "mixtral",
         ),
         "model.layers",
     ),
@@ -101,11 +106,12 @@ class DecoderWalk:
                 model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False)
         except ValueError as error:
             raise InputError(f"{checkpoint.path}: no causal language model can be built ({one_line(error)})") from error
+        self._stored = set(checkpoint.names())
+        separate_experts(model, self._stored)
         self._model = model.eval().requires_grad_(False)
         self.path = BLOCK_PATHS.get(checkpoint.config.model_type) or find_block_path(self._model)
         self._blocks: nn.ModuleList = self._model.get_submodule(self.path)
         self.count = len(self._blocks)
-        self._stored = set(checkpoint.names())
         self._prefix = f"{self._model.base_model_prefix}."
         self._parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for module in self._model.modules():
@@ -120,15 +126,23 @@ class DecoderWalk:
         return self._prefix + stored_name
 
     def _load(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
-        for name in (parameter, parameter.removeprefix(self._prefix), self._prefix + parameter):
+        name = self._stored_name(parameter)
+        tensor = self.checkpoint.tensor(name)
+        if tensor.shape != self._model.get_parameter(parameter).shape:
+            raise InputError(
+                f"{self.checkpoint.path}: tensor {name} is {tuple(tensor.shape)}, but by the config it is "
+                f"{tuple(self._model.get_parameter(parameter).shape)}; they belong to different models"
+            )
+        return tensor.to(self.device, dtype or self.dtype)
+
+    def _names(self, parameter: str) -> tuple[str, ...]:
+        """Names a checkpoint may have for a parameter."""
+        return parameter, parameter.removeprefix(self._prefix), self._prefix + parameter
+
+    def _stored_name(self, parameter: str) -> str:
+        for name in self._names(parameter):
             if name in self._stored:
-                tensor = self.checkpoint.tensor(name)
-                if tensor.shape != self._model.get_parameter(parameter).shape:
-                    raise InputError(
-                        f"{self.checkpoint.path}: tensor {name} is {tuple(tensor.shape)}, but by the config it is "
-                        f"{tuple(self._model.get_parameter(parameter).shape)}; they belong to different models"
-                    )
-                return tensor.to(self.device, dtype or self.dtype)
+                return name
         raise InputError(
             f"{self.checkpoint.path} has no tensor {parameter}, which a {self.checkpoint.config.model_type} model needs; "
             "the checkpoint is incomplete or of another family"
@@ -139,9 +153,28 @@ class DecoderWalk:
         prefix = f"{self.path}.{index}."
         return {prefix + name: linear_shape(module) for name, module in linear_layers(self._blocks[index]).items()}
 
+    def head(self) -> dict[str, tuple[int, int]]:
+        """The output embedding (``lm_head``), as :meth:`layer_names` gives the layers of a block."""
+        module = self._model.get_output_embeddings()
+        name = next(name for name, child in self._model.named_modules() if child is module)
+        return {name: linear_shape(module)}
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output embedding is the input embedding's matrix."""
+        return bool(self.checkpoint.config.get_text_config().tie_word_embeddings)
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """The type a parameter has in the checkpoint."""
+        return self.checkpoint.dtype(self._stored_name(parameter))
+
     def weight(self, layer: str) -> Tensor:
         """A linear layer's weight from the checkpoint, float32 ``[out_features, in_features]`` (Conv1D: transposed)."""
-        weight = self._load(f"{layer}.weight", torch.float32)
+        name = f"{layer}.weight"
+        if self.tied and layer in self.head() and self._stored.isdisjoint(self._names(name)):
+            embedding = self._model.get_input_embeddings()
+            name = next(f"{name}.weight" for name, child in self._model.named_modules() if child is embedding)
+        weight = self._load(name, torch.float32)
         return weight.t() if isinstance(self._model.get_submodule(layer), Conv1D) else weight
 
     @contextlib.contextmanager
@@ -173,6 +206,29 @@ class DecoderWalk:
         They do not depend on the token ids, and their batch dimension is 1, so they serve every batch.
         """
         return self._embed(torch.zeros(1, tokens, dtype=torch.int64))[1]
+
+    @torch.no_grad()
+    def head_inputs(self, hidden: Tensor) -> Tensor:
+        """What reaches the output embedding when ``hidden`` ``[batch, tokens, hidden]`` leaves the last block."""
+        seen: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise _StopWalk
+
+        hidden = hidden.to(self.device)
+        for as_tuple in (False, True):
+            with self._recording(lambda *_, as_tuple=as_tuple, **__: (hidden,) if as_tuple else hidden):
+                handle = self._model.get_output_embeddings().register_forward_pre_hook(stop, prepend=True)
+                try:
+                    self._model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device), use_cache=False)
+                except _StopWalk:
+                    return seen[-1]
+                except (AttributeError, TypeError):
+                    continue  # a family that wants its blocks' results the other way
+                finally:
+                    handle.remove()
+        raise InputError(f"{type(self._model).__name__} gives its output embedding no input the block walk can follow")
 
     def _embed(self, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
         # Families differ in whether a block returns its hidden states bare or as a tuple's first item.

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Container, Iterator, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class Statistics:
     ``D = 2/n * sum((x_ref - x) x^T)``.
 
     Attributes:
-        count: the number ``n`` of inputs so far.
+        count: the number ``n`` of inputs so far. An expert's layers see only the tokens routed to it, perhaps none.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class _Stop(Exception):
     """Ends a forward early: the inputs it was run for have been seen."""
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+def run_block(block: Callable[..., Any], hidden: Tensor, arguments: Arguments) -> Tensor:
     """One forward of a decoder block: hidden states in, hidden states out, both ``[batch, tokens, hidden]``."""
     args, kwargs = arguments
     if isinstance(kwargs.get("alibi"), Tensor) and kwargs["alibi"].dim() == 3:
@@ -106,35 +107,6 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     output = block(hidden, *args, **kwargs)
     result: Tensor = output[0] if isinstance(output, tuple | list) else output
     return result
-
-
-@torch.no_grad()
-def find_groups(block: nn.Module, hidden: Tensor, arguments: Arguments) -> list[list[str]]:
-    """Names of the block's linear layers, grouped by shared input, in order of execution.
-
-    Layers that this forward does not reach are left out.
-    """
-    groups: list[list[str]] = []
-    seen: list[Tensor] = []  # keeps the inputs alive, so that identity is not fooled by reused memory
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for group, tensor in zip(groups, seen, strict=True):
-                if tensor is args[0]:
-                    group.append(name)
-                    return
-            groups.append([name])
-            seen.append(args[0])
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in linear_layers(block).items()]
-    try:
-        run_block(block, hidden[:1], arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return groups
 
 
 @torch.no_grad()
@@ -149,49 +121,61 @@ def suspended_forward(
     """Quantize a block group by group in a single forward of every batch.
 
     Args:
-        groups: from :func:`find_groups`.
+        groups: from :func:`quantize.groups.find_groups`.
         batches: number of batches.
         arguments: the block's other arguments.
         quantized: the block whose weights ``solve`` replaces, and its hidden states.
         reference: the same block unquantized on the unquantized model's hidden states; None: no drift is collected.
-        solve: called once for each group, with complete statistics.
+        solve: called once for each group, in order, with complete statistics; their ``count`` is 0 where no token of any
+            batch reached the group.
     """
-    statistics = [Statistics() for _ in groups]
     solved: set[int] = set()
+    common = [number for number, group in enumerate(groups) if not routed(group)]
     with (
-        _workers(groups, batches, arguments, quantized, solved) as workers,
-        _workers(groups, batches, arguments, reference) as twins,
+        _workers(groups, range(len(groups)), batches, arguments, quantized, solved) as workers,
+        _workers(groups, common, batches, arguments, reference, solved) as twins,
     ):
-        at: list[tuple[int, Tensor | None]] = [(-1, None)] * batches  # where each twin has stopped
-
-        def expected(batch: int, number: int) -> Tensor | None:
-            """What the unquantized model feeds into group ``number``: a batch's twin is run on until it is there."""
-            while at[batch][0] < number and not twins[batch].dead:
-                at[batch] = twins[batch].switch() or (len(groups), None)
-            return at[batch][1] if at[batch][0] == number else None
-
-        def advance(batch: int) -> int | None:
-            """Let a batch run to its next stop; the group it stops at, or None at its end."""
-            number, inputs = workers[batch].switch() or (None, None)
-            reached = expected(batch, len(groups) if number is None else number) if reference else None
-            if number is not None:
-                statistics[number].add(inputs, reached)
-            return number
-
-        waiting = [advance(batch) for batch in range(batches)]
-        while any(stop is not None for stop in waiting):
-            number = min(stop for stop in waiting if stop is not None)
-            solve(groups[number], statistics[number])
-            statistics[number] = Statistics()
+        waiting = [worker.switch() for worker in workers]
+        expected = [twin.switch() for twin in twins]
+        for number, group in enumerate(groups):
+            statistics = Statistics()
+            here = [batch for batch, stop in enumerate(waiting) if stop is not None and stop[0] == number]
+            # In order of batches and not of arrival: a batch that misses a group comes early to the next, and rounding
+            # depends on the order of a sum.
+            for batch in here:
+                statistics.add(waiting[batch][1], expected[batch][1] if twins and number in common else None)
+            solve(group, statistics)
             solved.add(number)
-            waiting = [advance(batch) if stop == number else stop for batch, stop in enumerate(waiting)]
+            for batch in here:
+                waiting[batch] = None  # lets go of the input before the worker goes on
+                waiting[batch] = workers[batch].switch()
+            for batch, stop in enumerate(expected):
+                if stop is not None and stop[0] == number:
+                    expected[batch] = None
+                    expected[batch] = twins[batch].switch()
+
+
+def routed(group: Sequence[str]) -> bool:
+    """Whether only some tokens reach a group, those that a router sends to this expert.
+
+    The unquantized model may send others, so their inputs cannot be compared.
+    """
+    return bool(re.search(r"\bexperts\.\d+\.", group[0]))
 
 
 @contextlib.contextmanager
 def _workers(
-    groups: Sequence[list[str]], batches: int, arguments: Arguments, stream: Stream | None, solved: Container[int] = ()
+    groups: Sequence[list[str]],
+    numbers: Iterable[int],
+    batches: int,
+    arguments: Arguments,
+    stream: Stream | None,
+    solved: Container[int],
 ) -> Iterator[list[greenlet]]:
-    """One greenlet a batch, which at every switch runs on to the next group not in ``solved`` and gives ``(group, inputs)``."""
+    """One greenlet a batch, which at every switch runs on to the next of the groups ``numbers`` that is not solved.
+
+    A switch gives ``(group number, inputs)``, or None when the forward is through.
+    """
     if stream is None:
         yield []
         return
@@ -205,7 +189,7 @@ def _workers(
         return hook
 
     layers = linear_layers(stream.block)
-    handles = [layers[group[0]].register_forward_pre_hook(stop_at(i)) for i, group in enumerate(groups)]
+    handles = [layers[groups[i][0]].register_forward_pre_hook(stop_at(i)) for i in numbers]
     try:
         yield [greenlet(functools.partial(_forward, stream, arguments, batch)) for batch in range(batches)]
     finally:
@@ -258,14 +242,18 @@ def _collect(
 ) -> list[tuple[list[str], Statistics]]:
     statistics = [Statistics() for _ in groups]
     for batch in range(batches):
-        expected = _inputs(groups, arguments, reference, batch, stop) if reference else {}
-        for number, inputs in _inputs(groups, arguments, quantized, batch, stop).items():
-            statistics[number].add(inputs, expected.get(number))
+        inputs = _inputs(groups, range(len(groups)), arguments, quantized, batch, stop)
+        common = [number for number in inputs if not routed(groups[number])]
+        expected = _inputs(groups, common, arguments, reference, batch, stop) if reference and common else {}
+        for number, rows in inputs.items():
+            statistics[number].add(rows, expected.get(number))
     return list(zip(groups, statistics, strict=True))
 
 
-def _inputs(groups: Sequence[list[str]], arguments: Arguments, stream: Stream, batch: int, stop: bool) -> dict[int, Tensor]:
-    """What one batch feeds into each group; ``stop`` ends the forward at the first."""
+def _inputs(
+    groups: Sequence[list[str]], numbers: Iterable[int], arguments: Arguments, stream: Stream, batch: int, stop: bool
+) -> dict[int, Tensor]:
+    """What one batch feeds into each of the groups ``numbers`` it reaches; ``stop`` ends the forward at the first."""
     seen: dict[int, Tensor] = {}
 
     def watch(number: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -277,7 +265,7 @@ def _inputs(groups: Sequence[list[str]], arguments: Arguments, stream: Stream, b
         return hook
 
     layers = linear_layers(stream.block)
-    handles = [layers[group[0]].register_forward_pre_hook(watch(i)) for i, group in enumerate(groups)]
+    handles = [layers[groups[i][0]].register_forward_pre_hook(watch(i)) for i in numbers]
     try:
         run_block(stream.block, stream.load(batch), arguments)
     except _Stop:

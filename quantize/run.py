@@ -105,4 +105,5 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
         search_steps=chosen("search_steps"),
         gptaq_alpha=chosen("gptaq_alpha"),
         sweeps=chosen("sweeps"),
+        tune_epochs=chosen("tune_epochs"),
     )

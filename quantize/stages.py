@@ -7,6 +7,7 @@ is :mod:`quantize.pipeline`'s.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,9 +23,11 @@ from quantize import __version__
 from quantize.config import VariantConfig
 from quantize.errors import InputError
 from quantize.files import atomic_directory, files_below, sha256_file, sha256_json, write_tensors
+from quantize.grids import Grid
 from quantize.logs import progress
 from quantize.manifest import StepRecord
-from quantize.quantizer import BlockFiles, quantize_blocks, skipped
+from quantize.block_files import BlockFiles
+from quantize.quantizer import parts_of, quantize_blocks, skipped
 from quantize.run import Run, grid_of
 
 log = logging.getLogger(__name__)
@@ -104,26 +107,29 @@ def calibrate(run: Run, record: StepRecord) -> None:
     }
 
 
-def selected_layers(run: Run, variant: VariantConfig) -> list[str]:
-    """Linear layers of the decoder blocks that ``variant`` quantizes, in order.
+def selected_layers(run: Run, variant: VariantConfig) -> dict[str, Grid]:
+    """The linear layers that ``variant`` quantizes, in order, and the grid of each.
 
     Raises:
-        InputError: one of them cannot be stored in the variant's container on its grid.
+        InputError: one of them cannot be stored in the variant's container on its grid, or an override matches no layer.
     """
-    layers = []
-    for index in range(run.walk.count):
-        for name, (rows, columns) in run.walk.layer_names(index).items():
+    layers = {}
+    for part in parts_of(run, variant):
+        for name, (rows, columns) in part.items():
             if not skipped(name, variant.solver.skip):
-                CONTAINERS[variant.container].check(name, rows, columns, grid_of(variant, name))
-                layers.append(name)
+                layers[name] = grid_of(variant, name)
+                CONTAINERS[variant.container].check(name, rows, columns, layers[name])
+    for override in variant.solver.overrides:
+        if not any(re.search(override.match, name) for name in layers):
+            raise InputError(f"solver.overrides: match={override.match} matches no quantized layer, such as {next(iter(layers))}")
     return layers
 
 
 def quantize(run: Run, name: str, key: str, record: StepRecord) -> None:
     """Quantize one variant block by block into ``work/quantize/NAME``, going on from the last finished block."""
     variant = run.config.variants[name]
-    selected_layers(run, variant)
-    files = BlockFiles(run.work("quantize", name), key, run.walk.count)
+    selected_layers(run, variant)  # refuses what cannot be stored before any work is done
+    files = BlockFiles(run.work("quantize", name), key, len(parts_of(run, variant)))
     started = time.perf_counter()
     quantize_blocks(run, variant, files)
     record.earlier_seconds = files.earlier_seconds(started)
@@ -135,23 +141,29 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     variant = run.config.variants[name]
     container = CONTAINERS[variant.container]
     checkpoint = run.checkpoint
-    layers = selected_layers(run, variant) if container.quantized else []
+    layers = selected_layers(run, variant) if container.quantized else {}
     weights = {f"{layer}.weight" for layer in layers}
-    everything = [layer for i in range(run.walk.count) for layer in run.walk.layer_names(i)] if layers else []
+    everything = [layer for part in parts_of(run, variant) for layer in part] if layers else []
+    work = run.work("quantize", name)
+    changed = BlockFiles.read_dense(work) if layers else {}
 
     def dense() -> Iterator[tuple[str, Tensor]]:
         for stored in checkpoint.names():
             canonical = run.walk.canonical(stored) if layers else stored
             if canonical not in weights:
-                yield canonical, checkpoint.tensor(stored)
+                yield canonical, changed.pop(canonical) if canonical in changed else checkpoint.tensor(stored)
+        if changed:
+            raise ValueError(f"tuned tensors that the checkpoint does not have: {', '.join(changed)}")
 
-    solver = asdict(variant.solver)
+    solver, config = asdict(variant.solver), checkpoint.config_dict()
+    if variant.solver.lm_head and layers:
+        config["tie_word_embeddings"] = False  # the output embedding now has numbers of its own
     artifact = Artifact(
-        config=checkpoint.config_dict(),
+        config=config,
         dense=dense(),
-        quantized=BlockFiles.read_all(run.work("quantize", name), variant) if layers else (),
+        quantized=BlockFiles.read_all(work, variant) if layers else (),
         grid=grid_of(variant) if layers else None,
-        layers=tuple(layers),
+        layers=layers,
         skipped=tuple(layer for layer in everything if f"{layer}.weight" not in weights),
         options={
             **solver,

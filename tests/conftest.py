@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -18,6 +19,7 @@ settings.load_profile("quantize")
 VOCABULARY = 300
 
 MakeCheckpoint = Callable[..., Path]
+CloseExpert = Callable[[Path, int], None]
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +61,24 @@ def make_checkpoint() -> MakeCheckpoint:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def close_expert() -> CloseExpert:
+    """``close_expert(path, number)``: change a checkpoint's routers so that no token ever goes to expert ``number`` above 3.
+
+    It must hold a single file and send each token to two experts. Of a row and its negative one gives a positive logit: two
+    such pairs leave a row of zeros no place.
+    """
+
+    def close(path: Path, number: int) -> None:
+        stored = load_file(path / "model.safetensors")
+        for name, router in stored.items():
+            if name.endswith(".gate.weight"):
+                router[1], router[3], router[number] = -router[0], -router[2], 0
+        save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+
+    return close
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def walked_outputs(walk: DecoderWalk, ids: Tensor) -> list[Tensor]:
 
 def group_names(walk: DecoderWalk, ids: Tensor) -> list[list[str]]:
     with walk.loaded_block(0) as block:
-        return find_groups(block, walk.block_inputs(ids), walk.block_arguments(ids.shape[1])[0])
+        return find_groups(block, [walk.block_inputs(ids)], walk.block_arguments(ids.shape[1])[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -126,6 +126,7 @@ def test_every_solver_field_is_inherited() -> None:
         "search_steps": "3",
         "gptaq_alpha": "0.5",
         "sweeps": "1",
+        "tune_epochs": "1",
         "lm_head": "true",
         "overrides": "[{match: x, bits: 8}]",
         "damp_percent": "0.5",

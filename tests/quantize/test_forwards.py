@@ -41,7 +41,7 @@ class Bench:
         return self.walk.loaded_block(0)
 
     def groups(self, block: nn.Module) -> list[list[str]]:
-        return find_groups(block, self.batches[0], self.arguments)
+        return find_groups(block, self.batches, self.arguments)
 
 
 @pytest.fixture(scope="module")
@@ -312,5 +312,5 @@ def test_groups_leave_out_what_is_not_reached_and_remove_their_hooks() -> None:
             return self.last(both.clone()) + self.left.weight.sum(), None
 
     block = Block()
-    assert find_groups(block, torch.randn(2, 3, 4), ((2.0,), {"shift": 1.0})) == [["left", "right"], ["last"]]
+    assert find_groups(block, [torch.randn(2, 3, 4)], ((2.0,), {"shift": 1.0})) == [["left", "right"], ["last"]]
     assert hooks(block) == 0
