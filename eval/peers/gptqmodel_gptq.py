@@ -1,7 +1,7 @@
 """GPTQ by GPTQModel: ``python -m eval.peers.gptqmodel_gptq MODEL WINDOWS OUT BITS GROUP SYMMETRIC [DTYPE]``.
 
-Its own defaults, which on a CPU include calibration in bfloat16 and an artifact whose unquantized tensors are bfloat16; ``DTYPE``
-(``float16``, ``float32``) has it load the checkpoint in that type instead.
+Its own defaults, which on a CPU include calibration in bfloat16 and an artifact whose unquantized tensors are bfloat16;
+``DTYPE`` (``float16``, ``float32``) has it load the checkpoint in that type instead.
 """
 
 from __future__ import annotations
