@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PEER := .venv-llmcompressor
+# Files for bench-gptq; the built-in text where they are not set.
+CALIBRATION ?=
+TEXT ?=
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-gptq peers clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +32,14 @@ test-slow: $(VENV)/.dev  ## tests that need minutes and the demo model
 bench: $(VENV)/.base  ## time and memory of GPTQ on this machine
 	$(BIN)/python -m eval.bench $(ARGS)
 
+bench-gptq: $(VENV)/.base  ## GPTQ here and in every installed peer, side by side, into docs/gptq-bench.md
+	$(BIN)/python -m eval.bench_gptq $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+peers: $(VENV)/.base  ## what bench-gptq compares with; llm-compressor needs an environment of its own
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[peers]'
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'llmcompressor==0.14.*'
+
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,5 +50,5 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, artifacts and caches of this checkout
-	rm -rf $(VENV) artifacts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER) artifacts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from eval.bench_process import quantize_command, table_console
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import open_checkpoint
 from quantize.demo_model import demo_model
@@ -57,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     model = demo_model()
     shutil.rmtree(options.output_dir, ignore_errors=True)
-    command = [sys.executable, "-m", "quantize", "recipe=gptq", f"output_dir={options.output_dir}", *options.overrides]
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(quantize_command("gptq", options.output_dir, options.overrides), check=False).returncode
     if status:
         return status
     steps = read_json(options.output_dir / "manifest.json")["steps"]
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("step", "seconds", "peak RSS (MiB)", title=f"GPTQ, {samples} x {tokens} tokens", title_justify="left")
     for name, step in steps.items():
         table.add_row(name, f"{step['seconds']:.1f}", f"{step['peak_rss_bytes'] / 2**20:.0f}")
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = table_console()
     console.print(table)
     least = (forward + hessian) / rate
     spent = steps["quantize/gptq"]["seconds"]

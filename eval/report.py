@@ -128,17 +128,24 @@ def render_markdown(report: Json) -> str:
     rule = ["---:" if column.numeric else ":---" for column in _COLUMNS]
     rows = []
     for row in report["variants"]:
-        cells = [_md(column.show(row[column.field])) for column in _COLUMNS]
+        cells = [markdown_text(column.show(row[column.field])) for column in _COLUMNS]
         cells[0] += " ★" if row["name"] in report["pareto"] else ""
         rows.append(cells)
     table = [f"| {' | '.join(cells)} |" for cells in ([column.title for column in _COLUMNS], rule, *rows)]
-    blocks = [f"# Quantization report: {_md(model_name(report))}", f"Model: {_md(describe(report['model']))}"]
+    blocks = [
+        f"# Quantization report: {markdown_text(model_name(report))}",
+        f"Model: {markdown_text(describe(report['model']))}",
+    ]
     blocks += ["\n".join(table), f"★ {_FRONT}.", "![Artifact size against perplexity](report.png)"]
-    blocks += ["## Protocol", _md_list(report["protocol"]), "## How to reproduce"]
+    blocks += ["## Protocol", markdown_list(report["protocol"]), "## How to reproduce"]
     for row in report["variants"]:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", row["command"])), default=0))
-        blocks += [f"### {_md(row['name'])}", _md(_provenance(row)), f"{fence}sh\n{row['command']}\n{fence}"]
-    return "\n\n".join([*blocks, "## Environment", _md_list(report["environment"])]) + "\n"
+        blocks += [
+            f"### {markdown_text(row['name'])}",
+            markdown_text(_provenance(row)),
+            f"{fence}sh\n{row['command']}\n{fence}",
+        ]
+    return "\n\n".join([*blocks, "## Environment", markdown_list(report["environment"])]) + "\n"
 
 
 def render_html(report: Json, chart: bytes) -> str:
@@ -176,11 +183,13 @@ class _Column(NamedTuple):
     numeric: bool = True
 
 
-def _number(value: float, digits: int) -> str:
+def show_number(value: float, digits: int) -> str:
+    """A figure as tables print it: thousands separated, absurd ones in powers of ten."""
     return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
-def _ratio(value: float | None) -> str:
+def show_ratio(value: float | None) -> str:
+    """A ratio as tables print it: ``+6.07 %``, or ``n/a`` without one."""
     if value is None:
         return "n/a"
     return f"{100 * (value - 1):+.2f} %" if value < 1e3 else f"{100 * (value - 1):+.1e} %"
@@ -190,12 +199,12 @@ _COLUMNS = (
     _Column("variant", "name", str, numeric=False),
     _Column("bits", "bits", lambda bits: f"{bits:g}"),
     _Column("bits/weight", "bits_per_weight", lambda bits: f"{bits:.2f}"),
-    _Column("size (MB)", "size_bytes", lambda size: _number(size / 1e6, 1)),
+    _Column("size (MB)", "size_bytes", lambda size: show_number(size / 1e6, 1)),
     _Column("compression", "compression", lambda factor: f"{factor:.2f}x"),
-    _Column("ppl", "ppl", lambda ppl: "diverged" if ppl is None else _number(ppl, 2)),
-    _Column("ratio", "ppl_ratio", _ratio),
-    _Column("peak RSS (MiB)", "peak_rss_bytes", lambda size: _number(size / 2**20, 0)),
-    _Column("time (s)", "seconds", lambda seconds: _number(seconds, 1)),
+    _Column("ppl", "ppl", lambda ppl: "diverged" if ppl is None else show_number(ppl, 2)),
+    _Column("ratio", "ppl_ratio", show_ratio),
+    _Column("peak RSS (MiB)", "peak_rss_bytes", lambda size: show_number(size / 2**20, 0)),
+    _Column("time (s)", "seconds", lambda seconds: show_number(seconds, 1)),
     _Column("consumer", "consumer", str, numeric=False),
 )
 
@@ -214,13 +223,17 @@ def _provenance(row: Json) -> str:
     return f"{row['path']} (solver {row['solver']}, container {row['container']}, loaded by {row['consumer']})"
 
 
-def _md(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, on one line, in a table cell too."""
     return re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", " ".join(text.split()))
 
 
-def _md_list(values: Json) -> str:
-    return "\n".join(f"- {_md(key)}: {_md(_plain(value))}" for key, value in values.items()) or "(not recorded)"
+def markdown_list(values: Json) -> str:
+    """A mapping as a Markdown list."""
+    return (
+        "\n".join(f"- {markdown_text(key)}: {markdown_text(_plain(value))}" for key, value in values.items())
+        or "(not recorded)"
+    )
 
 
 def _html_list(values: Json) -> str:

@@ -145,6 +145,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def reset_peak_rss() -> None:
     """Start a new measurement of peak memory where the system allows it (Linux); elsewhere the process's peak stands."""
     with contextlib.suppress(OSError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -33,7 +32,7 @@ from quantize.demo_model import demo_model
 from quantize.errors import InputError
 from quantize.files import disk_error, read_json, write_text
 from quantize.keys import StepKeys
-from quantize.manifest import Manifest, StepRecord, versions
+from quantize.manifest import Manifest, StepRecord, cpu_name, versions
 from quantize.run import Run
 
 log = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ class _Pipeline:
         model = {"name": Path(loaded["path"]).name, "path": loaded["path"], "parameters": loaded["parameters"]}
         environment = {
             **versions(),
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "threads": str(torch.get_num_threads()),
             "seed": str(self.config.seed),
         }
@@ -236,11 +235,3 @@ class _Pipeline:
 
 def _package_root() -> str:
     return str(Path(__file__).resolve().parent.parent)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

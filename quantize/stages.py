@@ -20,13 +20,13 @@ from calibration.windows import pack_windows
 from exports import CONTAINERS
 from exports.base import Artifact
 from quantize import __version__
+from quantize.block_files import BlockFiles
 from quantize.config import VariantConfig
 from quantize.errors import InputError
 from quantize.files import atomic_directory, files_below, sha256_file, sha256_json, write_tensors
 from quantize.grids import Grid
 from quantize.logs import progress
 from quantize.manifest import StepRecord
-from quantize.block_files import BlockFiles
 from quantize.quantizer import parts_of, quantize_blocks, skipped
 from quantize.run import Run, grid_of
 
@@ -121,7 +121,9 @@ def selected_layers(run: Run, variant: VariantConfig) -> dict[str, Grid]:
                 CONTAINERS[variant.container].check(name, rows, columns, layers[name])
     for override in variant.solver.overrides:
         if not any(re.search(override.match, name) for name in layers):
-            raise InputError(f"solver.overrides: match={override.match} matches no quantized layer, such as {next(iter(layers))}")
+            raise InputError(
+                f"solver.overrides: match={override.match} matches no quantized layer, such as {next(iter(layers))}"
+            )
     return layers
 
 

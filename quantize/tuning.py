@@ -77,7 +77,7 @@ def tune_block(
             parameters |= {name: shift.to(block.get_parameter(name).dtype) for name, shift in shifts.items()}
             loss = (_call(block, parameters, inputs(batch), arguments).float() - targets(batch).float()).square().mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += float(loss.detach())

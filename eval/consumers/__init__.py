@@ -8,6 +8,7 @@ from eval.consumers.base import Consumer
 CONSUMERS: dict[str, Consumer] = {
     "safetensors": transformers_model.CONSUMER,
     "gptq": transformers_model.CONSUMER,
+    "compressed-tensors": transformers_model.CONSUMER,  # llm-compressor's, for `make bench-gptq`; no container writes it
 }
 
 __all__ = ["CONSUMERS", "Consumer"]

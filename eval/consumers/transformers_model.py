@@ -1,5 +1,8 @@
 """Transformers as the consumer: FP16 directories as they are, GPTQ checkpoints through optimum and GPTQModel.
 
+llm-compressor's checkpoints (quant_method ``compressed-tensors``) are no container of this project; they are loaded so that
+``make bench-gptq`` can measure them like its own.
+
 GPTQ layers run on GPTQModel's plain torch kernel, which unpacks the codes and multiplies in the type of its input. It is
 chosen over the faster CPU kernel because that one computes in bfloat16 and would blur the comparison of variants.
 """
@@ -16,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from eval.consumers import gptqmodel_loader
 from eval.consumers.base import Consumer, LoadedArtifact
 from quantize.errors import InputError, one_line
 from quantize.files import read_json
@@ -42,32 +46,23 @@ def load(directory: Path, device: str) -> TransformersArtifact:
     Raises:
         InputError: transformers refuses it, it lacks weights, or the packages its format needs are not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     config_file = directory / "config.json"
     if not config_file.exists():
         raise InputError(f"{directory} is no model directory: it has no config.json")
-    quantization = read_json(config_file).get("quantization_config")
-    options: dict[str, Any] = {}
-    if quantization and quantization.get("quant_method") == "gptq":
-        options["quantization_config"] = _gptq_backend(quantization)
+    quantization = read_json(config_file).get("quantization_config") or {}
+    if quantization.get("quant_method") == "gptq" and gptqmodel_loader.needed(directory, quantization):
+        model, packages = gptqmodel_loader.load(directory, device), ["gptqmodel"]
+    else:
+        model, packages = _from_pretrained(directory, device, quantization)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "the config's quantization_config will be used": it is the same one
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", device_map={"": device}, local_files_only=True, output_loading_info=True, **options
-            )
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (ImportError, ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"transformers does not load {directory}: {one_line(error)}") from error
-    if loading["missing_keys"]:
-        # Transformers would fill them with random numbers and only warn.
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise InputError(f"{directory} lacks {len(loading['missing_keys'])} tensors, such as {missing}; make it again")
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise InputError(f"transformers does not load the tokenizer in {directory}: {one_line(error)}") from error
     model = model.eval()
-    names = ["transformers", *(["gptqmodel"] if options else [])]
     return TransformersArtifact(
-        consumer=" + ".join(f"{name} {metadata.version(name)}" for name in names),
+        consumer=" + ".join(f"{name} {metadata.version(name)}" for name in packages),
         tokenizer=tokenizer,
         compute_dtype=str(model.dtype).removeprefix("torch."),
         logits=_logits_of(model),
@@ -76,8 +71,38 @@ def load(directory: Path, device: str) -> TransformersArtifact:
     )
 
 
+def _from_pretrained(directory: Path, device: str, quantization: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The model, and the packages that took part."""
+    from transformers import AutoModelForCausalLM
+
+    method, options = quantization.get("quant_method"), {}
+    packages = ["transformers"]
+    if method == "gptq":
+        options["quantization_config"] = _gptq_backend(quantization)
+        packages.append("gptqmodel")
+    elif method == "compressed-tensors":
+        _need_compressed_tensors()
+        packages.append("compressed-tensors")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "the config's quantization_config will be used": it is the same one
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                directory, dtype="auto", device_map={"": device}, local_files_only=True, output_loading_info=True, **options
+            )
+    except (ImportError, ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"transformers does not load {directory}: {one_line(error)}") from error
+    if loading["missing_keys"]:
+        # Transformers would fill them with random numbers and only warn.
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise InputError(f"{directory} lacks {len(loading['missing_keys'])} tensors, such as {missing}; make it again")
+    return model, packages
+
+
 def for_evaluation(loaded: LoadedArtifact) -> LoadedArtifact:
-    """The same model with all 16-bit tensors widened to float32, which is exact; codes stay packed."""
+    """The same model with all 16-bit tensors widened to float32, which is exact; codes stay packed.
+
+    compressed-tensors unpacks a layer's codes on the model's first forward, in the type of the scales, which is float32 then.
+    """
     assert isinstance(loaded, TransformersArtifact)
     # PreTrainedModel.float refuses quantized models; their scales are plain buffers, and widening them loses nothing.
     nn.Module.float(loaded.model)
@@ -108,6 +133,13 @@ def _gptq_backend(quantization: dict[str, Any]) -> Any:
     except ImportError as error:
         raise InputError(f"loading a GPTQ checkpoint needs optimum and gptqmodel ({one_line(error)})") from error
     return GPTQConfig(bits=quantization["bits"], backend="torch")
+
+
+def _need_compressed_tensors() -> None:
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"loading a compressed-tensors checkpoint needs compressed-tensors ({one_line(error)})") from error
 
 
 CONSUMER = Consumer(load=load, for_evaluation=for_evaluation, environment=ENVIRONMENT)

@@ -10,8 +10,10 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +196,67 @@ def test_an_unknown_container_is_refused_with_those_known(tmp_path: Path) -> Non
 
 
 def test_every_container_has_a_consumer() -> None:
-    assert set(CONSUMERS) == set(CONTAINERS)
+    assert set(CONSUMERS) == {*CONTAINERS, "compressed-tensors"}
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """4-bit codes ``[rows, columns]``, 0 to 15, to int32 ``[rows, columns / 8]``: the first code in the lowest bits."""
+    wide = codes.to(torch.int64).view(codes.shape[0], -1, 8) << (4 * torch.arange(8))
+    return wide.sum(2).to(torch.int32)
+
+
+def test_a_compressed_tensors_checkpoint_computes_in_float32_what_its_bytes_say(tiny_llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    quantization = {
+        "config_groups": {"group_0": group},
+        "format": "pack-quantized",
+        "ignore": ["lm_head"],
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+    generator = torch.Generator().manual_seed(0)
+    packed: dict[str, Tensor] = {}
+    dense: dict[str, Tensor] = {}
+    for name, tensor in load_file(tiny_llama / "model.safetensors").items():
+        if not name.endswith("proj.weight"):
+            packed[name], dense[name] = tensor, tensor.float()
+            continue
+        rows, columns = tensor.shape
+        codes = torch.randint(0, 16, (rows, columns), generator=generator)
+        scales = (torch.rand(rows, columns // 32, generator=generator) / 50 + 0.001).half()
+        # One product of a float16 scale and a small integer needs more than float16's bits: float16 arithmetic would show.
+        dense[name] = (codes - 8) * scales.float().repeat_interleave(32, 1)
+        packed |= {f"{name}_packed": pack_nibbles(codes), f"{name}_scale": scales}
+        packed[f"{name}_shape"] = torch.tensor([rows, columns])
+    shutil.copytree(tiny_llama, tmp_path / "packed")
+    save_file(packed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    shutil.copytree(tiny_llama, tmp_path / "dense")
+    save_file(dense, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    consumer = CONSUMERS[container_of(tmp_path / "packed")]
+    loaded = consumer.for_evaluation(consumer.load(tmp_path / "packed", "cpu"))
+    expected = CONSUMERS["safetensors"].load(tmp_path / "dense", "cpu")
+    ids = torch.arange(200)[None]
+    assert loaded.consumer.endswith(f"compressed-tensors {metadata.version('compressed-tensors')}")
+    assert loaded.compute_dtype == "float32"
+    assert loaded.logits(ids).dtype == torch.float32
+    torch.testing.assert_close(loaded.logits(ids), expected.logits(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_without_compressed_tensors_its_checkpoint_is_refused_by_name(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    shutil.copytree(tiny_llama, tmp_path / "artifact")
+    config = json.loads((tiny_llama / "config.json").read_text())
+    quantization = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "artifact" / "config.json").write_text(json.dumps(config | quantization))
+    with pytest.raises(InputError, match="needs compressed-tensors"):
+        CONSUMERS["compressed-tensors"].load(tmp_path / "artifact", "cpu")
 
 
 @pytest.mark.slow

@@ -203,11 +203,11 @@ def test_missing_tensor_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "quantization", [None, {"quant_method": "awq"}, {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}]
+    "quantization", [None, {"quant_method": "awq"}, {"quant_method": "gptq", "checkpoint_format": "marlin"}]
 )
 def test_other_formats_are_refused(tmp_path: Path, quantization: dict[str, str] | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    with pytest.raises(InputError, match=r"config\.json does not describe a GPTQ v1 checkpoint"):
+    with pytest.raises(InputError, match=r"config\.json does not describe a GPTQ checkpoint"):
         CONTAINERS["gptq"].read(tmp_path)
 
 

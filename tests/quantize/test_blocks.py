@@ -39,7 +39,8 @@ from transformers.pytorch_utils import Conv1D
 from quantize.blocks import BLOCK_PATHS, DecoderWalk, find_block_path, linear_layers, linear_shape, set_linear_weight
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import InputError
-from quantize.forwards import find_groups, run_block
+from quantize.forwards import run_block
+from quantize.groups import find_groups
 
 MakeCheckpoint = Callable[..., Path]
 CPU = torch.device("cpu")

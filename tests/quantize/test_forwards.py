@@ -16,12 +16,12 @@ from quantize.checkpoint import open_checkpoint
 from quantize.forwards import (
     Statistics,
     Stream,
-    find_groups,
     parallel_forward,
     rerun_forward,
     run_block,
     suspended_forward,
 )
+from quantize.groups import find_groups
 
 FORWARDS = [suspended_forward, rerun_forward, parallel_forward]
 SEQUENTIAL = [suspended_forward, rerun_forward]

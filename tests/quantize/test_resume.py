@@ -84,8 +84,8 @@ def sabotage(case: str) -> None:
     elif kind == "after-block":
         write = quantizer.BlockFiles.write
 
-        def write_and_die(self: Any, index: int, layers: Any) -> None:
-            write(self, index, layers)
+        def write_and_die(self: Any, index: int, *parts: Any) -> None:
+            write(self, index, *parts)
             if index == int(number):
                 die()
 
@@ -196,9 +196,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     written = []
     write = quantizer.BlockFiles.write
 
-    def counted(self: quantizer.BlockFiles, index: int, layers: Any) -> None:
+    def counted(self: quantizer.BlockFiles, index: int, *parts: Any) -> None:
         written.append(index)
-        write(self, index, layers)
+        write(self, index, *parts)
 
     monkeypatch.setattr(quantizer.BlockFiles, "write", counted)
     assert run(overrides(tiny_llama, directory)) == 0
@@ -224,10 +224,10 @@ def test_other_settings_do_not_go_on_from_a_killed_run(
 
     write = quantizer.BlockFiles.write
 
-    def write_two(self: quantizer.BlockFiles, index: int, layers: Any) -> None:
+    def write_two(self: quantizer.BlockFiles, index: int, *parts: Any) -> None:
         if index == 2:
             raise Interruption
-        write(self, index, layers)
+        write(self, index, *parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(quantizer.BlockFiles, "write", write_two)

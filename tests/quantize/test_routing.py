@@ -12,7 +12,8 @@ from transformers import Qwen3MoeConfig
 
 from quantize.blocks import DecoderWalk, linear_layers, set_linear_weight
 from quantize.checkpoint import open_checkpoint
-from quantize.forwards import Hessian, find_groups, parallel_forward, rerun_forward, run_block, suspended_forward
+from quantize.forwards import Statistics, Stream, parallel_forward, rerun_forward, run_block, suspended_forward
+from quantize.groups import find_groups
 
 Group = list[str]
 FORWARDS = [suspended_forward, rerun_forward, parallel_forward]
@@ -60,13 +61,14 @@ class Bench:
         with self.walk.loaded_block(0) as block:
             layers = linear_layers(block)
 
-            def solve(names: Group, hessian: Hessian) -> None:
-                solved.append((names, hessian.value() if hessian.count else None))
+            def solve(names: Group, statistics: Statistics) -> None:
+                solved.append((names, statistics.hessian() if statistics.count else None))
                 for name in names if change else ():
                     set_linear_weight(layers[name], (layers[name].get_parameter("weight") * 8).round() / 8)
 
             count = len(self.batches)
-            forward(block, groups, count, self.batches.__getitem__, outputs.__setitem__, self.arguments, solve)
+            stream = Stream(block, self.batches.__getitem__, outputs.__setitem__)
+            forward(groups, count, self.arguments, stream, None, solve)
         return solved, [outputs[batch] for batch in range(count)]
 
 
@@ -198,11 +200,11 @@ def test_hessians_hold_the_rows_routed_to_each_expert(bench: Bench, forward: Cal
             layer._forward_pre_hooks.clear()
     assert all(torch.equal(left, right) for left, right in zip(outputs, expected, strict=True))
     for names, found in solved[:-1]:
-        hessian = Hessian()
+        statistics = Statistics()
         for rows in inputs[names[0]]:
-            hessian.add(rows)
-        assert hessian.count == sum(rows.numel() // rows.shape[-1] for rows in inputs[names[-1]])
-        assert found is not None and torch.equal(found, hessian.value()), names
+            statistics.add(rows)
+        assert statistics.count == sum(rows.numel() // rows.shape[-1] for rows in inputs[names[-1]])
+        assert found is not None and torch.equal(found, statistics.hessian()), names
     assert solved[-1][1] is None
     some = [names for names, _ in solved if len(inputs.get(names[0], [])) in range(1, len(bench.batches))]
     assert some  # there are experts that only some batches reach
@@ -229,10 +231,11 @@ def test_calls_without_rows_count_for_nothing(forward: Callable[..., None]) -> N
         block = Routes(with_empty)
         assert find_groups(block, batches, ((), {})) == [["steps.0"], ["steps.1"], ["steps.3"]]
 
-        def solve(names: Group, hessian: Hessian, found: list[tuple[Group, Tensor | None]] = found) -> None:
-            found.append((names, hessian.value() if hessian.count else None))
+        def solve(names: Group, statistics: Statistics, found: list[tuple[Group, Tensor | None]] = found) -> None:
+            found.append((names, statistics.hessian() if statistics.count else None))
 
-        forward(block, groups, len(batches), batches.__getitem__, lambda *_: None, ((), {}), solve)
+        stream = Stream(block, batches.__getitem__, lambda *_: None)
+        forward(groups, len(batches), ((), {}), stream, None, solve)
     assert [names for names, _ in solved[True]] == [names for names, _ in solved[False]] == groups
     for number, ((_, ours), (_, theirs)) in enumerate(zip(solved[True], solved[False], strict=True)):
         if number in (0, 1, 3):
@@ -243,11 +246,11 @@ def test_calls_without_rows_count_for_nothing(forward: Callable[..., None]) -> N
 
 
 def test_hessian_counts_rows() -> None:
-    hessian = Hessian()
-    hessian.add(torch.ones(0, 4))
-    assert hessian.count == 0
+    statistics = Statistics()
+    statistics.add(torch.ones(0, 4))
+    assert statistics.count == 0
     with pytest.raises(ValueError, match="no inputs were added"):
-        hessian.value()
-    hessian.add(torch.ones(2, 3, 4))
-    hessian.add(torch.ones(5, 4))
-    assert hessian.count == 11
+        statistics.hessian()
+    statistics.add(torch.ones(2, 3, 4))
+    statistics.add(torch.ones(5, 4))
+    assert statistics.count == 11

@@ -124,14 +124,12 @@ def random_layer() -> Layer:
     mixing = torch.randn(64, 256, generator=generator)
     inputs = torch.randn(2048, 64, generator=generator) @ mixing + torch.randn(2048, 256, generator=generator)
     inputs *= torch.rand(256, generator=generator) * 3 + 0.1
-    return torch.randn(96, 256, generator=generator) * 0.05, list(inputs.split(512))
+    return torch.randn(96, 256, generator=generator) * 0.05, list(torch.split(inputs, 512))
 
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(("numbers", "desc_act", "static_groups"), cases((-1, 32, 64, 128)))
-def test_random_layer(
-    auto_gptq: AutoGPTQ, numbers: tuple[int, int, bool], desc_act: bool, static_groups: bool
-) -> None:
+def test_random_layer(auto_gptq: AutoGPTQ, numbers: tuple[int, int, bool], desc_act: bool, static_groups: bool) -> None:
     weight, inputs = random_layer()
     grid = WiderGrid(*numbers, zero_min=0, scale_dtype=torch.float64)
     check(auto_gptq, (weight.double(), [batch.double() for batch in inputs]), grid, desc_act, static_groups)
@@ -152,7 +150,7 @@ def real_layers() -> dict[str, Layer]:
                 for name in REAL:
                     layers[name].register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
             hidden = run_block(block, hidden, arguments[index])
-    return {name: (walk.weight(f"{walk.path}.12.{name}"), list(inputs[name].flatten(0, 1).split(512))) for name in REAL}
+    return {name: (walk.weight(f"{walk.path}.12.{name}"), list(torch.split(inputs[name].flatten(0, 1), 512))) for name in REAL}
 
 
 @pytest.mark.slow
