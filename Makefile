@@ -8,7 +8,7 @@ PEER := .venv-llmcompressor
 CALIBRATION ?=
 TEXT ?=
 
-.PHONY: demo test test-slow lint format bench bench-gptq peers clean
+.PHONY: demo test test-slow test-reference lint format bench bench-gptq peers clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,13 @@ test: $(VENV)/.dev  ## the default tests (under 10 minutes)
 
 test-slow: $(VENV)/.dev  ## tests that need minutes and the demo model
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+$(VENV)/.reference: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[reference]'
+	touch $@
+
+test-reference: $(VENV)/.reference  ## our GPTQ against AutoGPTQ's own code (minutes; fetches the demo model)
+	$(BIN)/python -m pytest tests/quantize/solvers -m reference $(ARGS)
 
 bench: $(VENV)/.base  ## time and memory of GPTQ on this machine
 	$(BIN)/python -m eval.bench $(ARGS)

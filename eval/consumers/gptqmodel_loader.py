@@ -1,7 +1,7 @@
 """GPTQModel's own loader, for GPTQ checkpoints that transformers cannot load through optimum.
 
-Optimum puts the same kernel on the same bits everywhere inside the decoder blocks. Checkpoints with several grids (``dynamic``),
-a quantized ``lm_head`` or mixture-of-experts layers need GPTQModel itself; vLLM reads the same fields.
+Optimum puts the same kernel on the same bits everywhere inside the decoder blocks. Checkpoints with several grids
+(``dynamic``), a quantized ``lm_head`` or mixture-of-experts layers need GPTQModel itself; vLLM reads the same fields.
 """
 
 from __future__ import annotations

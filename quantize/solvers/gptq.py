@@ -51,7 +51,7 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
 
     plan = plan_columns(hessian.diagonal(), grid, options)
     hessian = hessian[plan.order][:, plan.order]
-    factor = inverse_factor(hessian, damping(options, len(hessian), problem.tokens), problem.names)
+    factor, damp = inverse_factor(hessian, damping(options, len(hessian), problem.tokens), problem.names)
     drift = problem.drift if options.gptaq_alpha else None
     shift = None if drift is None else make_good(weight, options.gptaq_alpha * drift, factor, plan.order)
     weight[:, dead] = 0
@@ -61,6 +61,8 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
 
     codes, scales, zeros, loss = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
     if options.sweeps:
+        # The same damped quadratic that the first pass minimised.
+        hessian.diagonal().add_(damp * hessian.diagonal().mean())
         codes = sweep(weight, codes, hessian, scales, zeros, plan.groups, grid, options.sweeps)
     log.debug("%s: loss %.4g", problem.names[0], loss)
 
@@ -132,8 +134,8 @@ def damping(options: SolverOptions, columns: int, tokens: int | None) -> float:
     return min(options.damp_percent * columns / max(tokens, 1), _MAX_DAMP)
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Tensor:
-    """The upper triangular ``U`` with ``(H + damping)^-1 = U^T U``.
+def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> tuple[Tensor, float]:
+    """The upper triangular ``U`` with ``(H + damping)^-1 = U^T U``, and the damping that it took.
 
     ``H`` is never inverted: for the reversal ``J`` (rows and columns backwards), ``J H J = L L^T`` gives ``H = R R^T`` with
     the upper triangular ``R = J L J``, so ``U = R^-1``. One Cholesky factorisation and one triangular solve.
@@ -162,7 +164,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Te
         log.warning("%s: Hessian is not positive definite; damp_percent raised to %g", ", ".join(names), damp)
     identity = torch.eye(len(hessian), device=hessian.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1)
+    return inverse.flip(0, 1), damp
 
 
 def make_good(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor) -> Tensor:

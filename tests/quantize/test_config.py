@@ -145,7 +145,7 @@ def test_a_variant_can_be_set_on_the_command_line() -> None:
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "int8"]
+    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "gptq_ablation", "int8"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

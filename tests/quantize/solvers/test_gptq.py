@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantize.forwards import Statistics
 from quantize.grids import SUPPORTED_BITS, Grid, QuantizedTensor, group_index, quantize_nearest
 from quantize.solvers import SOLVERS, LayerProblem, SolverOptions
-from quantize.solvers.gptq import feed_back, inverse_factor, plan_columns, solve
+from quantize.solvers.descent import sweep
+from quantize.solvers.gptq import damping, feed_back, inverse_factor, plan_columns, solve
 
 ROWS, COLUMNS = 48, 128
 DAMP = 0.01
@@ -88,7 +90,7 @@ def test_codes_are_the_textbook_methods(bits: int, group_size: int, symmetric: b
 def test_returned_loss_is_the_layers_loss(bits: int, group_size: int) -> None:
     grid = Grid(bits, group_size)
     weight, hessian = random_weight(), correlated_hessian()
-    factor = inverse_factor(hessian, DAMP, ["layer"])
+    factor, _ = inverse_factor(hessian, DAMP, ["layer"])
     options = SolverOptions(desc_act=False, search_steps=0)
     plan = plan_columns(hessian.diagonal(), grid, options)
     codes, scales, zeros, loss = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
@@ -175,10 +177,11 @@ def test_damping_is_raised_for_an_indefinite_hessian(caplog: pytest.LogCaptureFi
     hessian = torch.eye(8)
     hessian[2, 5] = hessian[5, 2] = 1.05  # an eigenvalue of -0.05: 1 % of damping does not mend it, 10 % does
     with caplog.at_level(logging.WARNING, logger="quantize.solvers.gptq"):
-        factor = inverse_factor(hessian, DAMP, ["model.layers.3.mlp.up_proj", "model.layers.3.mlp.gate_proj"])
+        factor, damp = inverse_factor(hessian, DAMP, ["model.layers.3.mlp.up_proj", "model.layers.3.mlp.gate_proj"])
     assert [record.getMessage() for record in caplog.records] == [
         "model.layers.3.mlp.up_proj, model.layers.3.mlp.gate_proj: Hessian is not positive definite; damp_percent raised to 0.1"
     ]
+    assert damp == pytest.approx(0.1)
     assert torch.allclose(factor.t() @ factor, torch.linalg.inv(hessian + 0.1 * torch.eye(8)), rtol=1e-4, atol=1e-5)
 
 
@@ -189,7 +192,7 @@ def test_hessian_beyond_all_damping_is_refused() -> None:
 
 def test_inverse_factor_is_the_upper_cholesky_factor_of_the_inverse() -> None:
     hessian = correlated_hessian()
-    factor = inverse_factor(hessian, DAMP, ["layer"])
+    factor, _ = inverse_factor(hessian, DAMP, ["layer"])
     assert torch.equal(factor, factor.triu())
     assert bool((factor.diagonal() > 0).all())
     expected = torch.linalg.inv(damped(hessian))
@@ -261,3 +264,103 @@ def test_hessian_is_required() -> None:
 def test_registered_as_calibrated_solver() -> None:
     assert SOLVERS["gptq"].solve is solve
     assert SOLVERS["gptq"].quantizes and SOLVERS["gptq"].needs_calibration
+
+
+def test_group_aware_order_keeps_groups_consecutive_and_takes_the_important_first() -> None:
+    importance = torch.tensor([1.0, 4, 2, 2, 9, 1, 3, 3, 50, 60])  # groups of four: means 2.25 and 4; the last one is ragged
+    plan = plan_columns(importance, Grid(4, 4), SolverOptions(desc_act=False, act_group_aware=True))
+    assert plan.order.tolist() == [4, 6, 7, 5, 1, 2, 3, 0, 9, 8]
+    assert plan.groups.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 2, 2]
+    assert not plan.static
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 128])
+@pytest.mark.parametrize("columns", [128, 100])
+def test_group_aware_order_does_not_depend_on_the_block_size(columns: int, block_size: int) -> None:
+    weight, hessian = random_weight(columns=columns), correlated_hessian(columns)
+    found, expected = (
+        solve(
+            LayerProblem(
+                ["layer"],
+                [weight],
+                Grid(4, 16),
+                hessian,
+                SolverOptions(desc_act=False, act_group_aware=True, block_size=size),
+            )
+        )[0]
+        for size in (block_size, columns)
+    )
+    assert agreement(found.codes, expected.codes) >= 0.999
+    assert found.g_idx.tolist() == group_index(columns, 16).tolist()
+
+
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_static_groups_take_their_scales_from_the_weights_as_they_are(desc_act: bool) -> None:
+    weight, hessian, grid = random_weight(), correlated_hessian(), Grid(4, 32, symmetric=False)
+    options = SolverOptions(desc_act=desc_act, static_groups=True, search_steps=0)
+    (found,) = solve(LayerProblem(["layer"], [weight], grid, hessian, options))
+    nearest = quantize_nearest(weight, grid)
+    assert torch.equal(found.scales, nearest.scales) and torch.equal(found.zeros, nearest.zeros)
+    assert torch.equal(found.g_idx, nearest.g_idx)
+    assert layer_loss(weight, found.dequantize(), hessian) < 0.6 * layer_loss(weight, nearest.dequantize(), hessian)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_drift_is_made_good_as_least_squares_would(alpha: float) -> None:
+    """With 8 bits rounding is nearly free, so the result is the least-squares target itself."""
+    generator = torch.Generator().manual_seed(3)
+    clean = torch.randn(4096, COLUMNS, generator=generator)
+    damaged = clean + 0.8 * torch.randn(4096, COLUMNS, generator=generator) @ torch.diag(torch.linspace(0, 1, COLUMNS))
+    weight = random_weight()
+    statistics = Statistics()
+    statistics.add(damaged, clean)
+    hessian, drift = statistics.hessian(), statistics.drift()
+    options = SolverOptions(damp_percent=1e-6, gptaq_alpha=alpha)
+    (found,) = solve(LayerProblem(["layer"], [weight], Grid(8, 32), hessian, options, drift))
+    wanted = (alpha * clean + (1 - alpha) * damaged) @ weight.t()
+    target = torch.linalg.lstsq(damaged.double(), wanted.double()).solution.t()
+    assert float((found.dequantize() - target).abs().max()) < 2 * float(found.scales.max())
+    assert float((target - weight).abs().max()) > 10 * float(found.scales.max())
+    (plain,) = solve(LayerProblem(["layer"], [weight], Grid(8, 32), hessian, SolverOptions(damp_percent=1e-6), drift))
+    errors = [float((damaged @ tensor.dequantize().t() - wanted).square().mean()) for tensor in (found, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_few_tokens_raise_the_damping() -> None:
+    options = SolverOptions(damp_percent=0.01)
+    assert damping(options, 128, None) == damping(options, 128, 128) == damping(options, 128, 5000) == 0.01
+    assert damping(options, 128, 32) == pytest.approx(0.04)
+    assert damping(options, 128, 1) == 1.0
+    # Three tokens say little: the result stays closer to plain rounding than their Hessian alone would have it.
+    hessian, weight = correlated_hessian(samples=3), random_weight()
+    few, many = (
+        solve(LayerProblem(["expert"], [weight], Grid(4, 32), hessian, SolverOptions(), tokens=tokens))[0]
+        for tokens in (3, 5000)
+    )
+    distance = [float((tensor.dequantize() - weight).norm()) for tensor in (few, many)]
+    assert distance[0] < distance[1]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [100, 300])  # less and more than two lazy blocks
+def test_sweeps_never_raise_the_loss_and_end_at_a_local_optimum(columns: int, symmetric: bool) -> None:
+    weight, hessian = random_weight(columns=columns), correlated_hessian(columns)
+    grid = Grid(3, 20, symmetric)
+    start = quantize_nearest(weight, grid)
+    groups = start.g_idx.long()
+    scales, zeros = start.scales.float(), start.zeros.float()
+
+    def loss(codes: Tensor) -> float:
+        return layer_loss(weight, (codes - zeros[:, groups]) * scales[:, groups], hessian)
+
+    losses = [loss(start.codes)]
+    for sweeps in (1, 2, 50):
+        codes = sweep(weight, start.codes, hessian, scales, zeros, groups, grid, sweeps)
+        losses.append(loss(codes))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.6 * losses[0]
+    # No single code can be changed for the better.
+    for column in range(0, columns, 7):
+        for step in (-1, 1):
+            changed = codes.clone()
+            changed[0, column] = min(max(int(codes[0, column]) + step, 0), grid.maxq)
+            assert loss(changed) >= losses[-1] * (1 - 1e-6)
