@@ -8,7 +8,7 @@ PEER := .venv-llmcompressor
 CALIBRATION ?=
 TEXT ?=
 
-.PHONY: demo test test-slow test-reference lint format bench bench-gptq peers clean
+.PHONY: demo test test-slow test-reference lint format bench bench-gptq profile-gptq peers clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ bench: $(VENV)/.base  ## time and memory of GPTQ on this machine
 
 bench-gptq: $(VENV)/.base  ## GPTQ here and in every installed peer, side by side, into docs/gptq-bench.md
 	$(BIN)/python -m eval.bench_gptq $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+profile-gptq: $(VENV)/.base  ## where GPTQ's time goes, part by part, against the machine's matrix-product rate
+	$(BIN)/python -m eval.profile_gptq $(ARGS)
 
 peers: $(VENV)/.base  ## what bench-gptq compares with; llm-compressor needs an environment of its own
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[peers]'
