@@ -341,3 +341,46 @@ def test_debug_shows_where(model: Path, directory: Path, monkeypatch: pytest.Mon
     assert "Traceback (most recent call last)" in err
     assert "InputError" in err
     assert err.splitlines()[-1].startswith("error: model.path=")
+
+
+# GPTQ's options.
+
+
+def test_an_override_that_matches_nothing(fails: Fails) -> None:
+    line = fails("solver.overrides=[{match: lm_haed, bits: 8}]")
+    check(line, "solver.overrides", "match=lm_haed finds no layer", "model.layers.0.self_attn.q_proj")
+
+
+def test_an_override_with_an_impossible_grid(fails: Fails) -> None:
+    check(fails("solver.overrides=[{match: down_proj, bits: 5}]"), "bits=5 is not supported", "2, 3, 4, 8")
+
+
+def test_an_override_with_a_group_size_that_does_not_fit_its_layers(fails: Fails) -> None:
+    line = fails("solver.overrides=[{match: q_proj, group_size: 48}]")
+    check(line, "group_size=48 does not divide in_features=64", "q_proj", "use 64, 32, 16 or -1")
+
+
+def test_an_override_that_is_no_regular_expression(fails: Fails) -> None:
+    check(fails("solver.overrides=[{match: '(', bits: 8}]"), "solver.overrides", "is no regular expression")
+
+
+def test_an_override_without_a_match(fails: Fails) -> None:
+    check(fails("solver.overrides=[{bits: 8}]"), "match")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("solver.act_group_aware=true", ["desc_act and act_group_aware", "desc_act=false"]),
+        ("solver.search_steps=-1", ["search_steps=-1 is negative", "0 (min-max)"]),
+        ("solver.gptaq_alpha=1.5", ["gptaq_alpha=1.5 is not in [0, 1]"]),
+        ("solver.sweeps=-2", ["sweeps=-2 is negative"]),
+        ("solver.tune_epochs=-1", ["tune_epochs=-1 is negative"]),
+    ],
+)
+def test_impossible_effort(fails: Fails, setting: str, words: list[str]) -> None:
+    check(fails(setting), *words)
+
+
+def test_an_output_embedding_that_cannot_be_packed(fails: Fails) -> None:
+    check(fails("solver.lm_head=true"), "out_features=300 of lm_head is not a multiple of 8", "solver.skip")

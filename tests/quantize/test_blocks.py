@@ -343,3 +343,35 @@ def test_weights_are_set_in_either_layout(layer: nn.Module) -> None:
     stored = layer.get_parameter("weight")
     assert stored.dtype == torch.float16 and stored.is_contiguous() and not stored.requires_grad
     assert list(linear_layers(nn.ModuleDict({"inner": nn.Sequential(layer), "other": nn.LayerNorm(4)}))) == ["inner.0"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_output_embedding_gets_what_it_gets_in_the_model(
+    family: str, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    path = make_checkpoint(tmp_path / family, FAMILIES[family][0])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    windows = torch.randint(3, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    walk = DecoderWalk(open_checkpoint(str(path)), CPU, torch.float32)
+    with torch.no_grad():
+        model(input_ids=windows, use_cache=False)
+        hidden, arguments = walk.block_inputs(windows), walk.block_arguments(TOKENS)
+        for index in range(walk.count):
+            with walk.loaded_block(index) as block:
+                hidden = run_block(block, hidden, arguments[index])
+    torch.testing.assert_close(walk.head_inputs(hidden), seen[0], rtol=1e-4, atol=1e-5)
+    ((name, shape),) = walk.head().items()
+    assert model.get_submodule(name) is model.get_output_embeddings()
+    assert shape == tuple(model.get_output_embeddings().weight.shape)
+    assert torch.equal(walk.weight(name), model.get_output_embeddings().weight)
+    assert all(parameter.is_meta for parameter in walk._model.parameters())
+
+
+def test_the_stored_type_of_a_parameter_is_the_checkpoints(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
+    path = make_checkpoint(tmp_path / "gpt2", FAMILIES["gpt2"][0], torch.bfloat16)
+    walk = DecoderWalk(open_checkpoint(str(path)), CPU, torch.float32)
+    assert walk.stored_dtype("transformer.h.0.ln_1.weight") == torch.bfloat16
+    with pytest.raises(InputError, match=r"has no tensor transformer\.h\.9\.ln_1\.weight"):
+        walk.stored_dtype("transformer.h.9.ln_1.weight")
