@@ -56,6 +56,9 @@ BLOCK_PATHS = {
 }
 
 
+# Names of old checkpoints that transformers changes as it loads them.
+RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
 
 
@@ -106,6 +109,7 @@ class DecoderWalk:
                 model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype, trust_remote_code=False)
         except ValueError as error:
             raise InputError(f"{checkpoint.path}: no causal language model can be built ({one_line(error)})") from error
+        self._as_tuple: bool | None = None  # whether a block's result is a tuple; seen when the model first runs
         self._stored = set(checkpoint.names())
         separate_experts(model, self._stored)
         self._model = model.eval().requires_grad_(False)
@@ -121,6 +125,8 @@ class DecoderWalk:
 
     def canonical(self, stored_name: str) -> str:
         """The name the model class gives a stored tensor (GPT-2 checkpoints, for one, omit ``transformer.``)."""
+        if RENAMED.get(stored_name) in self._parameters:
+            return RENAMED[stored_name]
         if stored_name in self._parameters or self._prefix + stored_name not in self._parameters:
             return stored_name
         return self._prefix + stored_name
@@ -137,7 +143,8 @@ class DecoderWalk:
 
     def _names(self, parameter: str) -> tuple[str, ...]:
         """Names a checkpoint may have for a parameter."""
-        return parameter, parameter.removeprefix(self._prefix), self._prefix + parameter
+        others = (old for old, new in RENAMED.items() if new == parameter)
+        return parameter, parameter.removeprefix(self._prefix), self._prefix + parameter, *others
 
     def _stored_name(self, parameter: str) -> str:
         for name in self._names(parameter):
@@ -217,18 +224,17 @@ class DecoderWalk:
             raise _StopWalk
 
         hidden = hidden.to(self.device)
-        for as_tuple in (False, True):
-            with self._recording(lambda *_, as_tuple=as_tuple, **__: (hidden,) if as_tuple else hidden):
-                handle = self._model.get_output_embeddings().register_forward_pre_hook(stop, prepend=True)
-                try:
-                    self._model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device), use_cache=False)
-                except _StopWalk:
-                    return seen[-1]
-                except (AttributeError, TypeError):
-                    continue  # a family that wants its blocks' results the other way
-                finally:
-                    handle.remove()
-        raise InputError(f"{type(self._model).__name__} gives its output embedding no input the block walk can follow")
+        if self._as_tuple is None:
+            self._embed(torch.zeros(1, 1, dtype=torch.int64))
+        with self._recording(lambda *_, **__: (hidden,) if self._as_tuple else hidden):
+            handle = self._model.get_output_embeddings().register_forward_pre_hook(stop, prepend=True)
+            try:
+                self._model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device), use_cache=False)
+            except _StopWalk:
+                return seen[-1]
+            finally:
+                handle.remove()
+        raise InputError(f"{type(self._model).__name__} does not use its output embedding; solver.lm_head cannot be used")
 
     def _embed(self, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
         # Families differ in whether a block returns its hidden states bare or as a tuple's first item.
@@ -238,6 +244,7 @@ class DecoderWalk:
                 try:
                     self._model(input_ids=windows.to(self.device), use_cache=False)
                 except _StopWalk:
+                    self._as_tuple = as_tuple
                     return recorder.hidden, recorder.arguments
                 except _WrongReturn:
                     continue

@@ -348,7 +348,7 @@ def test_debug_shows_where(model: Path, directory: Path, monkeypatch: pytest.Mon
 
 def test_an_override_that_matches_nothing(fails: Fails) -> None:
     line = fails("solver.overrides=[{match: lm_haed, bits: 8}]")
-    check(line, "solver.overrides", "match=lm_haed finds no layer", "model.layers.0.self_attn.q_proj")
+    check(line, "solver.overrides", "match=lm_haed matches no quantized layer", "model.layers.0.self_attn.q_proj")
 
 
 def test_an_override_with_an_impossible_grid(fails: Fails) -> None:

@@ -51,8 +51,8 @@ class Bench:
             )
             for name, tensor in after.items():
                 set_linear_weight(linear_layers(block)[name], tensor.dequantize())
-            for name, tensor in dense.items():
-                assert torch.equal(block.get_parameter(name).detach(), tensor.float()), name
+            for name, changed in dense.items():
+                assert torch.equal(block.get_parameter(name).detach(), changed.float()), name
             assert not any(parameter.requires_grad for parameter in block.parameters())
             errors.append(self.error(block, targets))
         return errors, before, after, dense
