@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     grid = Grid(options.bits, options.group_size, symmetric=False)
     parts = profile_block(walk, hidden, walk.block_arguments(options.seq_len)[0], 0, grid)
     rate = matmul_rate()
-    title = f"One block of {walk.count}, {options.num_samples} x {options.seq_len} tokens; peak {rate / 1e9:.0f} GFLOP/s"
+    title = f"One block of {walk.count}, {options.num_samples} x {options.seq_len}; peak {rate / 1e9:.0f} GFLOP/s"
     table = Table("part", "seconds", "GFLOP", "of peak", title=title, title_justify="left")
     for name, part in parts.items():
         share = f"{part.operations / part.seconds / rate:.0%}" if part.operations and part.seconds > 0 else "-"
