@@ -24,7 +24,7 @@ from eval.bench_process import table_console
 from quantize.blocks import Arguments, DecoderWalk, linear_layers
 from quantize.checkpoint import open_checkpoint
 from quantize.demo_model import demo_model
-from quantize.forwards import Statistics, run_block
+from quantize.forwards import TILE, Statistics, run_block
 from quantize.grids import Grid
 from quantize.groups import find_groups
 from quantize.solvers import SolverOptions
@@ -88,8 +88,8 @@ def _profile_group(parts: dict[str, Part], weight: Tensor, inputs: list[Tensor],
         return statistics
 
     plain = timed(lambda: collect(False))
-    # Tiles on and above the diagonal, of at most 512 columns.
-    tiles = sum(min(512, columns - start) * (columns - start) for start in range(0, columns, 512))
+    # Tiles on and above the diagonal.
+    tiles = sum(min(TILE, columns - start) * (columns - start) for start in range(0, columns, TILE))
     parts["Hessian"].add(plain, 2.0 * tokens * tiles)
     parts["drift"].add(timed(lambda: collect(True)) - plain, 2.0 * tokens * columns**2)
     hessian = collect(False).hessian()

@@ -163,8 +163,11 @@ class DecoderWalk:
     def head(self) -> dict[str, tuple[int, int]]:
         """The output embedding (``lm_head``), as :meth:`layer_names` gives the layers of a block."""
         module = self._model.get_output_embeddings()
-        name = next(name for name, child in self._model.named_modules() if child is module)
-        return {name: linear_shape(module)}
+        return {self._name_of(module): linear_shape(module)}
+
+    def _name_of(self, module: nn.Module) -> str:
+        name: str = next(name for name, child in self._model.named_modules() if child is module)
+        return name
 
     @property
     def tied(self) -> bool:
@@ -179,8 +182,7 @@ class DecoderWalk:
         """A linear layer's weight from the checkpoint, float32 ``[out_features, in_features]`` (Conv1D: transposed)."""
         name = f"{layer}.weight"
         if self.tied and layer in self.head() and self._stored.isdisjoint(self._names(name)):
-            embedding = self._model.get_input_embeddings()
-            name = next(f"{name}.weight" for name, child in self._model.named_modules() if child is embedding)
+            name = f"{self._name_of(self._model.get_input_embeddings())}.weight"
         weight = self._load(name, torch.float32)
         return weight.t() if isinstance(self._model.get_submodule(layer), Conv1D) else weight
 

@@ -30,7 +30,7 @@ from quantize.blocks import Arguments, linear_layers
 
 Load = Callable[[int], Tensor]  # batch number -> hidden states [batch, tokens, hidden]
 Store = Callable[[int, Tensor], None]
-_TILE = 512  # columns of a tile of the Hessian's upper triangle
+TILE = 512  # columns of a tile of the Hessian's upper triangle
 
 
 class Statistics:
@@ -55,8 +55,8 @@ class Statistics:
         if self._hessian is None:
             self._hessian = torch.zeros(columns, columns, device=rows.device)
         # A symmetric rank-k update: only tiles on and above the diagonal are computed, each by the matrix product routine.
-        for start in range(0, columns, _TILE):
-            stop = min(start + _TILE, columns)
+        for start in range(0, columns, TILE):
+            stop = min(start + TILE, columns)
             self._hessian[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
         if reference is not None:
             if self._drift is None:

@@ -159,8 +159,11 @@ class _BlockStep:
     def run(self) -> None:
         """Do all of it and write the block's file."""
         steps = self.steps
-        # Parameters are shared: a solved layer's weight is replaced in one block, not changed in both.
-        twin = copy.deepcopy(self.block, {id(parameter): parameter for parameter in self.block.parameters()})
+        reference = None
+        if "reference" in steps.kinds:
+            # Parameters are shared: a solved layer's weight is replaced in one block, not changed in both.
+            twin = copy.deepcopy(self.block, {id(parameter): parameter for parameter in self.block.parameters()})
+            reference = self._stream("reference", twin)
         arguments = steps.arguments[self.index]
         # A look at the inputs from disk: those kept in memory are handed out once.
         inputs = (HiddenStates.read(self.states["quantized"].directory, i).to(self.walk.device) for i in range(steps.batches))
@@ -173,7 +176,6 @@ class _BlockStep:
         for name in _unreached(self.prefix, self.layers, groups, skip):
             self._solve([name], Statistics())
         quantized = self._stream("quantized", self.block)
-        reference = self._stream("reference", twin) if "reference" in steps.kinds else None
         steps.forward([group for group in groups if group], steps.batches, arguments, quantized, reference, self._solve)
         dense = self._tune() if steps.options.tune_epochs and self.done else {}
         if self.without_input:

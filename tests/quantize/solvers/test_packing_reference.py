@@ -37,6 +37,15 @@ def their_layer(auto_gptq: AutoGPTQ, grid: Grid, dtype: torch.dtype) -> Any:
     return layer(grid.bits, grid.group_size, COLUMNS, ROWS, bias=False, weight_dtype=dtype)
 
 
+def their_packed_layer(auto_gptq: AutoGPTQ, tensor: QuantizedTensor) -> Any:
+    """AutoGPTQ's layer after its own ``pack`` of the tensor's values."""
+    linear = nn.Linear(COLUMNS, ROWS, bias=False)
+    linear.weight.data = tensor.dequantize()
+    layer = their_layer(auto_gptq, tensor.grid, torch.float32)
+    layer.pack(linear, tensor.scales.float(), tensor.zeros.float(), tensor.g_idx)
+    return layer
+
+
 def their_weight(layer: Any) -> Tensor:
     """The dequantized weight, float32 ``[out, in]``: what the layer's own forward makes of the unit vectors."""
     layer.scales = layer.scales.float()
@@ -53,10 +62,7 @@ class TestBothWays:
         self, auto_gptq: AutoGPTQ, bits: int, group_size: int, symmetric: bool, shuffled: bool
     ) -> None:
         tensor = random_tensor(bits, group_size, symmetric, shuffled)
-        linear = nn.Linear(COLUMNS, ROWS, bias=False)
-        linear.weight.data = tensor.dequantize()
-        theirs = their_layer(auto_gptq, tensor.grid, torch.float32)
-        theirs.pack(linear, tensor.scales.float(), tensor.zeros.float(), tensor.g_idx)
+        theirs = their_packed_layer(auto_gptq, tensor)
         ours = pack(tensor)
         for name in ("qweight", "qzeros", "g_idx"):
             assert torch.equal(ours[name], getattr(theirs, name)), name
@@ -66,10 +72,7 @@ class TestBothWays:
         self, auto_gptq: AutoGPTQ, bits: int, group_size: int, symmetric: bool, shuffled: bool
     ) -> None:
         tensor = random_tensor(bits, group_size, symmetric, shuffled)
-        linear = nn.Linear(COLUMNS, ROWS, bias=False)
-        linear.weight.data = tensor.dequantize()
-        theirs = their_layer(auto_gptq, tensor.grid, torch.float32)
-        theirs.pack(linear, tensor.scales.float(), tensor.zeros.float(), tensor.g_idx)
+        theirs = their_packed_layer(auto_gptq, tensor)
         found = unpack(theirs.state_dict(), tensor.grid)
         assert torch.equal(found.codes, tensor.codes)
         assert torch.equal(found.zeros, tensor.zeros)
