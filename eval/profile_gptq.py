@@ -24,12 +24,13 @@ from eval.bench_process import table_console
 from quantize.blocks import Arguments, DecoderWalk, linear_layers
 from quantize.checkpoint import open_checkpoint
 from quantize.demo_model import demo_model
-from quantize.forwards import TILE, Statistics, run_block
+from quantize.forwards import run_block
 from quantize.grids import Grid
 from quantize.groups import find_groups
 from quantize.solvers import SolverOptions
 from quantize.solvers.descent import sweep
 from quantize.solvers.gptq import feed_back, inverse_factor, make_good, plan_columns
+from quantize.statistics import TILE, Statistics
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantize.grids import Grid, QuantizedTensor
@@ -24,6 +25,7 @@ class Artifact:
         skipped: linear layers inside decoder blocks that were left unquantized.
         options: solver facts worth recording in the artifact, by the names of the recipe's fields, and ``quantizer``.
         layers: the grid of every quantized layer, by full name (``quantized`` is a stream and can be read only once).
+        outside: linear layers outside the decoder blocks that stay dense (the output embedding).
     """
 
     config: Mapping[str, Any]
@@ -33,6 +35,7 @@ class Artifact:
     skipped: tuple[str, ...]
     options: Mapping[str, Any]
     layers: Mapping[str, Grid] = field(default_factory=dict)
+    outside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,17 @@ class Container:
         check: ``(layer name, out_features, in_features, grid)``; raises InputError where the layer cannot be stored.
         write: writes the model files (not the tokenizer) into an existing directory, which the caller makes atomic.
         read: gives quantized layers and dense tensors back, by name.
+        scale_dtype: the type of scales; None: that of the dense tensors.
+        zero_min: the smallest zero point it can store.
+        shuffled_groups: whether columns of one group may lie anywhere in the layer (``g_idx``).
+        quantized_inputs: whether it can say that a layer's inputs are quantized too.
     """
 
     quantized: bool
     check: Callable[[str, int, int, Grid], None]
     write: Callable[[Path, Artifact], None]
     read: Callable[[Path], tuple[dict[str, QuantizedTensor], dict[str, Tensor]]]
+    scale_dtype: torch.dtype | None = None
+    zero_min: int = 0
+    shuffled_groups: bool = False
+    quantized_inputs: bool = False

@@ -184,4 +184,12 @@ def layer_grid(config: Mapping[str, Any], layer: str) -> Grid:
     return Grid(bits=merged["bits"], group_size=merged["group_size"], symmetric=merged.get("sym", True))
 
 
-CONTAINER = Container(quantized=True, check=check, write=write, read=read)
+CONTAINER = Container(
+    quantized=True,
+    check=check,
+    write=write,
+    read=read,
+    scale_dtype=torch.float16,
+    zero_min=1,  # v1 stores zero_point - 1
+    shuffled_groups=True,
+)

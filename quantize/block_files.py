@@ -15,12 +15,10 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from quantize.config import VariantConfig
 from quantize.files import write_tensors, write_text
-from quantize.grids import QuantizedTensor
-from quantize.run import grid_of
+from quantize.grids import Grid, QuantizedTensor
 
-_PARTS = ("codes", "scales", "zeros", "g_idx")
+_PARTS = ("codes", "scales", "zeros", "g_idx", "input_scale")
 _DENSE = "dense:"  # marks a changed tensor that is not a quantized layer's
 
 
@@ -54,7 +52,12 @@ class BlockFiles:
 
     def write(self, index: int, layers: Mapping[str, QuantizedTensor], dense: Mapping[str, Tensor] | None = None) -> None:
         """Write a block's quantized layers, and other tensors of the block that no longer are the checkpoint's."""
-        tensors = {f"{name}.{part}": getattr(layer, part) for name, layer in layers.items() for part in _PARTS}
+        tensors = {
+            f"{name}.{part}": getattr(layer, part)
+            for name, layer in layers.items()
+            for part in _PARTS
+            if getattr(layer, part) is not None
+        }
         write_tensors(self.path(index), tensors | {_DENSE + name: tensor for name, tensor in (dense or {}).items()})
 
     def add_seconds(self, seconds: float) -> None:
@@ -79,14 +82,15 @@ class BlockFiles:
         return [self.path(index) for index in range(self.count)]
 
     @staticmethod
-    def read_all(directory: Path, variant: VariantConfig) -> Iterator[tuple[str, QuantizedTensor]]:
-        """All quantized layers of a finished quantization, block by block."""
+    def read_all(directory: Path, grids: Mapping[str, Grid]) -> Iterator[tuple[str, QuantizedTensor]]:
+        """All quantized layers of a finished quantization, block by block; ``grids`` has the grid of each, by full name."""
         for path in sorted(directory.glob("block-*.safetensors")):
             with safe_open(path, "pt") as file:
                 names = [name for name in file.keys() if not name.startswith(_DENSE)]  # noqa: SIM118
                 for layer in sorted({name.rsplit(".", 1)[0] for name in names}):
-                    parts = {part: file.get_tensor(f"{layer}.{part}") for part in _PARTS}
-                    yield layer, QuantizedTensor(**parts, grid=grid_of(variant, layer))
+                    stored = [part for part in _PARTS if f"{layer}.{part}" in names]
+                    parts = {part: file.get_tensor(f"{layer}.{part}") for part in stored}
+                    yield layer, QuantizedTensor(**parts, grid=grids[layer])
 
     @staticmethod
     def read_dense(directory: Path) -> dict[str, Tensor]:

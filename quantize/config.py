@@ -27,6 +27,9 @@ QUALITIES: dict[str, dict[str, Any]] = {
     "best": {"search_steps": 40, "gptaq_alpha": 1.0, "sweeps": 4, "tune_epochs": 2},
 }
 ACTIVATIONS = ("memory", "disk")
+INPUT_ACTIVATIONS = ("none", "dynamic", "static")
+OBSERVERS = ("minmax", "percentile", "mse")
+DTYPES = ("float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -81,6 +84,11 @@ class SolverConfig:
     gptaq_alpha: float | None = None
     sweeps: int | None = None
     tune_epochs: int | None = None
+    input_activations: str = "none"  # none | dynamic (8 bits, a scale for each token) | static (8 bits, one scale for all)
+    observer: str = "minmax"  # of static ranges: minmax | percentile | mse
+    percentile: float = 99.99  # of |x|, for observer=percentile
+    smoothquant: bool = False
+    smoothquant_alpha: float | None = None  # null: searched for each norm
     lm_head: bool = False
     skip: list[str] = field(default_factory=list)  # besides the routers of experts, which always stay as they are
     overrides: list[OverrideConfig] = field(default_factory=list)
@@ -104,6 +112,11 @@ class VariantSolverConfig(SolverConfig):
     gptaq_alpha: float | None = II("solver.gptaq_alpha")
     sweeps: int | None = II("solver.sweeps")
     tune_epochs: int | None = II("solver.tune_epochs")
+    input_activations: str = II("solver.input_activations")
+    observer: str = II("solver.observer")
+    percentile: float = II("solver.percentile")
+    smoothquant: bool = II("solver.smoothquant")
+    smoothquant_alpha: float | None = II("solver.smoothquant_alpha")
     lm_head: bool = II("solver.lm_head")
     skip: list[str] = II("solver.skip")
     overrides: list[OverrideConfig] = II("solver.overrides")
@@ -115,6 +128,7 @@ class VariantConfig:
 
     solver: VariantSolverConfig = field(default_factory=VariantSolverConfig)
     container: str = "gptq"
+    dtype: str | None = None  # of tensors that are not quantized: float32 | bfloat16 | float16; null: as in the checkpoint
 
 
 @dataclass
@@ -223,8 +237,11 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
         raise InputError(
             f"{key}.container={variant.container} cannot hold what solver.name={solver.name} makes; use {' or '.join(fits)}"
         )
+    if variant.dtype is not None:
+        _one_of(f"{key}.dtype", variant.dtype, DTYPES)
     if quantized:
         Grid(solver.bits, solver.group_size, solver.symmetric)
+        _check_inputs(key, variant)
     for override in solver.overrides:
         _check_pattern(f"{key}.solver.overrides", override.match)
         override_grid(solver, override)
@@ -246,6 +263,39 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     _at_least(f"{key}.solver.block_size", solver.block_size, 1, 128)
     for pattern in solver.skip:
         _check_pattern(f"{key}.solver.skip", pattern)
+
+
+def _check_inputs(key: str, variant: VariantConfig) -> None:
+    """What concerns quantized inputs, and the groups a container can store."""
+    from exports import CONTAINERS
+    from quantize.run import grids_of
+
+    solver, container = variant.solver, CONTAINERS[variant.container]
+    _one_of(f"{key}.solver.input_activations", solver.input_activations, INPUT_ACTIVATIONS)
+    _one_of(f"{key}.solver.observer", solver.observer, OBSERVERS)
+    if not 50 < solver.percentile <= 100:
+        raise InputError(f"{key}.solver.percentile={solver.percentile} is not in (50, 100]; use 99.99")
+    alpha = solver.smoothquant_alpha
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise InputError(f"{key}.solver.smoothquant_alpha={alpha} is not in [0, 1]; use 0.5, or null to search")
+    if solver.input_activations != "none":
+        if not container.quantized_inputs:
+            fits = [name for name, entry in CONTAINERS.items() if entry.quantized_inputs]
+            raise InputError(
+                f"{key}.container={variant.container} has no place for input_activations={solver.input_activations}; "
+                f"use {' or '.join(fits)}"
+            )
+        if any(grid.bits != 8 or not grid.symmetric or grid.group_size != -1 for grid in grids_of(solver)):
+            raise InputError(
+                f"{key}.solver.input_activations={solver.input_activations} needs bits=8, group_size=-1 and symmetric=true: "
+                "kernels multiply whole rows of 8-bit integers"
+            )
+    ordered = solver.name == "gptq" and solver.desc_act and not solver.static_groups
+    if ordered and not container.shuffled_groups and any(grid.group_size != -1 for grid in grids_of(solver)):
+        raise InputError(
+            f"{key}.container={variant.container} stores groups of consecutive columns; use solver.static_groups=true, or "
+            "solver.act_group_aware=true with solver.desc_act=false"
+        )
 
 
 def _check_pattern(key: str, pattern: str) -> None:

@@ -27,55 +27,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantize.blocks import Arguments, linear_layers
+from quantize.statistics import Statistics
 
 Load = Callable[[int], Tensor]  # batch number -> hidden states [batch, tokens, hidden]
 Store = Callable[[int, Tensor], None]
-TILE = 512  # columns of a tile of the Hessian's upper triangle
-
-
-class Statistics:
-    """What a solver learns about the inputs ``x`` of a group of layers; everything is accumulated in float32.
-
-    The Hessian ``H = 2/n * sum(x x^T)`` (GPTQ, arXiv:2210.17323, section 3.1) and, where reference inputs are given, the drift
-    ``D = 2/n * sum((x_ref - x) x^T)``.
-
-    Attributes:
-        count: the number ``n`` of inputs so far. An expert's layers see only the tokens routed to it, perhaps none.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._hessian: Tensor | None = None
-        self._drift: Tensor | None = None
-
-    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
-        """Add inputs ``[..., in_features]``, each leading index one sample, and the unquantized model's at the same places."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        columns = rows.shape[1]
-        if self._hessian is None:
-            self._hessian = torch.zeros(columns, columns, device=rows.device)
-        # A symmetric rank-k update: only tiles on and above the diagonal are computed, each by the matrix product routine.
-        for start in range(0, columns, TILE):
-            stop = min(start + TILE, columns)
-            self._hessian[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
-        if reference is not None:
-            if self._drift is None:
-                self._drift = torch.zeros(columns, columns, device=rows.device)
-            self._drift.addmm_((reference.reshape(-1, columns).float() - rows).t(), rows)
-        self.count += rows.shape[0]
-
-    def hessian(self) -> Tensor:
-        """The Hessian, float32 ``[in_features, in_features]``."""
-        if self._hessian is None or not self.count:
-            raise ValueError("no inputs were added")
-        upper = self._hessian.triu()
-        return (upper + upper.triu(1).t()).mul_(2.0 / self.count)
-
-    def drift(self) -> Tensor | None:
-        """The drift, float32 ``[in_features, in_features]``; None where no reference inputs were added."""
-        return None if self._drift is None else self._drift * (2.0 / self.count)
-
-
+MakeStatistics = Callable[[], Statistics]
 Solve = Callable[[list[str], Statistics], None]  # (layers of one group, their inputs): replaces the layers' weights
 
 
@@ -117,6 +73,7 @@ def suspended_forward(
     quantized: Stream,
     reference: Stream | None,
     solve: Solve,
+    statistics: MakeStatistics = Statistics,
 ) -> None:
     """Quantize a block group by group in a single forward of every batch.
 
@@ -128,6 +85,7 @@ def suspended_forward(
         reference: the same block unquantized on the unquantized model's hidden states; None: no drift is collected.
         solve: called once for each group, in order, with complete statistics; their ``count`` is 0 where no token of any
             batch reached the group.
+        statistics: makes what a group's inputs are added to.
     """
     solved: set[int] = set()
     common = [number for number, group in enumerate(groups) if not routed(group)]
@@ -138,13 +96,13 @@ def suspended_forward(
         waiting = [worker.switch() for worker in workers]
         expected = [twin.switch() for twin in twins]
         for number, group in enumerate(groups):
-            statistics = Statistics()
+            collected = statistics()
             here = [batch for batch, stop in enumerate(waiting) if stop is not None and stop[0] == number]
             # In order of batches and not of arrival: a batch that misses a group comes early to the next, and rounding
             # depends on the order of a sum.
             for batch in here:
-                statistics.add(waiting[batch][1], expected[batch][1] if twins and number in common else None)
-            solve(group, statistics)
+                collected.add(waiting[batch][1], expected[batch][1] if twins and number in common else None)
+            solve(group, collected)
             solved.add(number)
             for batch in here:
                 waiting[batch] = None  # lets go of the input before the worker goes on
@@ -209,11 +167,12 @@ def rerun_forward(
     quantized: Stream,
     reference: Stream | None,
     solve: Solve,
+    statistics: MakeStatistics = Statistics,
 ) -> None:
     """As :func:`suspended_forward`, by running the block from its start up to each group, then once to its end."""
     for group in groups:
-        for names, statistics in _collect([group], batches, arguments, quantized, reference, stop=True):
-            solve(names, statistics)
+        for names, collected in _collect([group], batches, arguments, quantized, reference, statistics, stop=True):
+            solve(names, collected)
     _finish(batches, arguments, quantized, reference)
 
 
@@ -225,10 +184,11 @@ def parallel_forward(
     quantized: Stream,
     reference: Stream | None,
     solve: Solve,
+    statistics: MakeStatistics = Statistics,
 ) -> None:
     """``true_sequential=false``: all statistics come from the unquantized block, in one pass; a second gives the output."""
-    for names, statistics in _collect(groups, batches, arguments, quantized, reference, stop=False):
-        solve(names, statistics)
+    for names, collected in _collect(groups, batches, arguments, quantized, reference, statistics, stop=False):
+        solve(names, collected)
     _finish(batches, arguments, quantized, reference)
 
 
@@ -238,16 +198,17 @@ def _collect(
     arguments: Arguments,
     quantized: Stream,
     reference: Stream | None,
+    statistics: MakeStatistics,
     stop: bool,
 ) -> list[tuple[list[str], Statistics]]:
-    statistics = [Statistics() for _ in groups]
+    collected = [statistics() for _ in groups]
     for batch in range(batches):
         inputs = _inputs(groups, range(len(groups)), arguments, quantized, batch, stop)
         common = [number for number in inputs if not routed(groups[number])]
         expected = _inputs(groups, common, arguments, reference, batch, stop) if reference and common else {}
         for number, rows in inputs.items():
-            statistics[number].add(rows, expected.get(number))
-    return list(zip(groups, statistics, strict=True))
+            collected[number].add(rows, expected.get(number))
+    return list(zip(groups, collected, strict=True))
 
 
 def _inputs(

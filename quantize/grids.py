@@ -154,6 +154,7 @@ class QuantizedTensor:
         zeros: uint8 ``[out_features, groups]``, integer zero points.
         g_idx: int32 ``[in_features]``, the group of each input column (not monotonic under ``desc_act``).
         grid: the grid the codes live on.
+        input_scale: float32 ``[1]``, the step of the layer's quantized inputs where their range is fixed beforehand; else None.
     """
 
     codes: Tensor
@@ -161,6 +162,7 @@ class QuantizedTensor:
     zeros: Tensor
     g_idx: Tensor
     grid: Grid
+    input_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight these codes stand for, ``[out_features, in_features]``; computed in float32, then cast."""

@@ -12,7 +12,7 @@ from typing import Any
 from calibration.sources import matching_files
 from quantize.errors import InputError
 from quantize.manifest import Manifest, step_key, versions
-from quantize.run import Run
+from quantize.run import Run, needs_calibration
 from quantize.solvers import SOLVERS
 
 
@@ -38,7 +38,7 @@ class StepKeys:
 
     def calibrates(self) -> bool:
         """Whether any variant needs calibration windows."""
-        return any(SOLVERS[variant.solver.name].needs_calibration for variant in self.config.variants.values())
+        return any(needs_calibration(variant.solver) for variant in self.config.variants.values())
 
     def load(self) -> str:
         """The checkpoint's files, by name, size and time."""
@@ -58,20 +58,21 @@ class StepKeys:
     def quantize(self, name: str) -> str:
         """Checkpoint, solver, and calibration windows where the solver uses them."""
         config, solver = self.config, self.config.variants[name].solver
-        parts: list[Any] = [self.need("load", self.load())["fingerprint"], asdict(solver)]
-        if SOLVERS[solver.name].needs_calibration:
+        variant = config.variants[name]
+        parts: list[Any] = [self.need("load", self.load())["fingerprint"], asdict(solver), repr(self.run.grid(variant))]
+        if needs_calibration(solver):
             parts.append(self.need("calibrate", self.calibrate())["fingerprint"])
             parts += [config.calibration.batch_tokens, config.quality, config.model.compute_dtype, self.run.device.type]
         return step_key("quantize", *parts)
 
     def export(self, name: str) -> str:
         """What was quantized, and the container."""
-        container = self.config.variants[name].container
+        variant = self.config.variants[name]
         if not self.quantizes(name):
-            return step_key("export", self.need("load", self.load())["fingerprint"], container)
+            return step_key("export", self.need("load", self.load())["fingerprint"], variant.container, variant.dtype)
         key = self.quantize(name)
         self.need(f"quantize/{name}", key)
-        return step_key("export", key, container)
+        return step_key("export", key, variant.container, variant.dtype)
 
     def evaluate(self, name: str) -> str:
         """The artifact's bytes and the protocol."""

@@ -18,13 +18,16 @@ from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
 from quantize.experts import is_router
 from quantize.files import atomic_directory
-from quantize.forwards import Statistics, Stream, parallel_forward, rerun_forward, run_block, suspended_forward
-from quantize.grids import Grid, QuantizedTensor
+from quantize.folding import Norm, find_norms
+from quantize.forwards import Stream, parallel_forward, rerun_forward, run_block, suspended_forward
+from quantize.grids import QuantizedTensor
+from quantize.group_solver import GroupSolver
 from quantize.groups import find_groups
 from quantize.logs import progress
 from quantize.manifest import release_memory
-from quantize.run import Run, calibration_windows, grid_of, solver_options
+from quantize.run import Run, calibration_windows, needs_calibration, solver_options
 from quantize.solvers import SOLVERS, LayerProblem
+from quantize.statistics import Statistics
 from quantize.tuning import tune_block
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ def parts_of(run: Run, variant: VariantConfig) -> list[dict[str, tuple[int, int]
 
 def quantize_blocks(run: Run, variant: VariantConfig, files: BlockFiles) -> None:
     """Quantize every part that ``files`` does not have yet."""
-    with_hidden = SOLVERS[variant.solver.name].needs_calibration
+    with_hidden = needs_calibration(variant.solver)
     first = files.done(with_hidden)
     if first == 0:
         files.forget_seconds()
@@ -74,7 +77,8 @@ class _PlainSteps:
         for layer in self.parts[index]:
             if not skipped(layer, self.variant.solver.skip):
                 weight = self.run.walk.weight(layer)
-                done[layer] = solver.solve(LayerProblem([layer], [weight], grid_of(self.variant, layer), None, self.options))[0]
+                problem = LayerProblem([layer], [weight], self.run.grid(self.variant, layer), None, self.options)
+                done[layer] = solver.solve(problem)[0]
         self.files.write(index, done)
 
 
@@ -83,7 +87,8 @@ class _CalibratedSteps:
 
     def __init__(self, run: Run, variant: VariantConfig, files: BlockFiles, first: int) -> None:
         self.walk, self.variant, self.files, self.seed = run.walk, variant, files, run.config.seed
-        self.solver, self.options = SOLVERS[variant.solver.name], solver_options(run.config, variant)
+        self.solver = GroupSolver(run, variant)
+        self.options = self.solver.options
         windows = calibration_windows(run)
         batches = torch.split(windows, max(1, run.config.calibration.batch_tokens // windows.shape[1]))
         self.batches = len(batches)
@@ -120,27 +125,13 @@ class _CalibratedSteps:
     def _head(self, index: int) -> None:
         """The output embedding: its inputs are the hidden states behind the last block, normalized."""
         (layer,) = self.walk.head()
-        statistics, done = Statistics(), {}
+        statistics, done = self.solver.statistics(), {}
         if not skipped(layer, self.variant.solver.skip):
             for batch in range(self.batches):
                 inputs = [self.walk.head_inputs(self.states[kind].load(batch)) for kind in self.kinds]
                 statistics.add(*inputs)
-            done = self.solve([layer], statistics)
+            done = self.solver.solve([layer], statistics).layers
         self.files.write(index, done)
-
-    def solve(self, names: list[str], statistics: Statistics) -> dict[str, QuantizedTensor]:
-        """Quantize layers that share an input, by full name; without statistics, to nearest."""
-        done: dict[str, QuantizedTensor] = {}
-        solver = self.solver if statistics.count else SOLVERS["rtn"]
-        hessian, drift = (statistics.hessian(), statistics.drift()) if statistics.count else (None, None)
-        members: dict[Grid, list[str]] = {}
-        for name in names:
-            members.setdefault(grid_of(self.variant, name), []).append(name)
-        for grid, layers in members.items():
-            weights = [self.walk.weight(name) for name in layers]
-            problem = LayerProblem(layers, weights, grid, hessian, self.options, drift, statistics.count)
-            done.update(zip(layers, solver.solve(problem), strict=True))
-        return done
 
 
 class _BlockStep:
@@ -154,6 +145,8 @@ class _BlockStep:
         self.prefix = f"{steps.walk.path}.{index}."
         self.layers = linear_layers(block)
         self.done: dict[str, QuantizedTensor] = {}
+        self.dense: dict[str, Tensor] = {}
+        self.norms: dict[str, Norm] = {}
         self.without_input: list[str] = []
 
     def run(self) -> None:
@@ -168,19 +161,22 @@ class _BlockStep:
         # A look at the inputs from disk: those kept in memory are handed out once.
         inputs = (HiddenStates.read(self.states["quantized"].directory, i).to(self.walk.device) for i in range(steps.batches))
         skip = self.variant.solver.skip
-        groups = [
-            [name for name in group if not skipped(self.prefix + name, skip)]
-            for group in find_groups(self.block, inputs, arguments)
-        ]
+        observed = find_groups(self.block, inputs, arguments)
+        groups = [[name for name in group if not skipped(self.prefix + name, skip)] for group in observed]
+        if steps.options.smoothquant:
+            self.norms = self._norms([group for group in groups if group in observed])
         # Before the forward: should the quantized block route a token to one of these, it meets its final weights.
         for name in _unreached(self.prefix, self.layers, groups, skip):
-            self._solve([name], Statistics())
+            self._solve([name], steps.solver.statistics())
         quantized = self._stream("quantized", self.block)
-        steps.forward([group for group in groups if group], steps.batches, arguments, quantized, reference, self._solve)
-        dense = self._tune() if steps.options.tune_epochs and self.done else {}
+        wanted = [group for group in groups if group]
+        steps.forward(wanted, steps.batches, arguments, quantized, reference, self._solve, steps.solver.statistics)
+        self._fold()
+        if steps.options.tune_epochs and self.done:
+            self.dense |= self._tune()
         if self.without_input:
             log.warning("no calibration token reaches %s; rounded to nearest", ", ".join(self.without_input))
-        steps.files.write(self.index, self.done, dense)
+        steps.files.write(self.index, self.done, {self.prefix + name: tensor for name, tensor in self.dense.items()})
 
     def _stream(self, kind: str, module: nn.Module) -> Stream:
         return Stream(
@@ -189,14 +185,30 @@ class _BlockStep:
             lambda batch, hidden: self.following[kind].store(self.directory / kind, batch, hidden),
         )
 
+    def _norms(self, groups: list[list[str]]) -> dict[str, Norm]:
+        window = HiddenStates.read(self.states["quantized"].directory, 0)[:1].to(self.walk.device)
+        arguments = self.steps.arguments[self.index]
+        return find_norms(self.block, groups, window, arguments, lambda name: self.walk.stored_dtype(self.prefix + name))
+
     def _solve(self, names: list[str], statistics: Statistics) -> None:
         if not statistics.count:
             self.without_input += [self.prefix + name for name in names]
-        solved = self.steps.solve([self.prefix + name for name in names], statistics)
-        for name, tensor in solved.items():
-            set_linear_weight(self.layers[name.removeprefix(self.prefix)], tensor.dequantize())
-        self.done |= solved
+        solved = self.steps.solver.solve([self.prefix + name for name in names], statistics, self.norms.get(names[0]))
+        for name, tensor in solved.layers.items():
+            # The norm stays as it is until the forward is through, for its output is on its way already.
+            weight = tensor.dequantize() if solved.scales is None else tensor.dequantize() / solved.scales
+            set_linear_weight(self.layers[name.removeprefix(self.prefix)], weight)
+        self.done |= solved.layers
+        self.dense |= solved.dense
         release_memory()
+
+    def _fold(self) -> None:
+        """Bring the block into the form in which it is stored: norms divided, the layers behind them multiplied."""
+        for name, tensor in self.dense.items():
+            self.block.get_parameter(name).data.copy_(tensor)
+        if self.dense:
+            for name, quantized in self.done.items():
+                set_linear_weight(self.layers[name.removeprefix(self.prefix)], quantized.dequantize())
 
     def _tune(self) -> dict[str, Tensor]:
         """Tune the block, and run it once more: its outputs have changed. Gives the changed tensors that are not codes."""
@@ -223,7 +235,7 @@ class _BlockStep:
             for batch in range(steps.batches):
                 hidden = run_block(self.block, read(self.states["quantized"].directory, batch), arguments)
                 self.following["quantized"].store(self.directory / "quantized", batch, hidden)
-        return {self.prefix + name: tensor for name, tensor in dense.items()}
+        return dense
 
 
 def _unreached(prefix: str, layers: Iterable[str], groups: list[list[str]], patterns: list[str]) -> list[str]:

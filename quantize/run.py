@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from exports import CONTAINERS
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.config import QUALITIES, OverrideConfig, RunConfig, SolverConfig, VariantConfig
 from quantize.devices import resolve_compute_dtype, resolve_device
 from quantize.grids import Grid
-from quantize.solvers import SolverOptions
+from quantize.solvers import SOLVERS, SolverOptions
 
 
 @dataclass
@@ -50,6 +51,21 @@ class Run:
         dtype = resolve_compute_dtype(self.config.model.compute_dtype, self.device, stored)
         return DecoderWalk(self.checkpoint, self.device, dtype)
 
+    def dense_dtype(self, variant: VariantConfig) -> torch.dtype:
+        """The type of a variant's unquantized tensors: its ``dtype``, else the checkpoint's."""
+        if variant.dtype is not None:
+            return cast(torch.dtype, getattr(torch, variant.dtype))
+        return self.checkpoint.dtype(self.checkpoint.names()[0])
+
+    def grid(self, variant: VariantConfig, layer: str = "") -> Grid:
+        """The grid of a layer's codes as the variant's container stores it."""
+        container = CONTAINERS[variant.container]
+        return replace(
+            grid_of(variant.solver, layer),
+            zero_min=container.zero_min,
+            scale_dtype=container.scale_dtype or self.dense_dtype(variant),
+        )
+
     def work(self, *parts: str) -> Path:
         """A path below the folder of intermediate files."""
         return self.directory.joinpath("work", *parts)
@@ -66,13 +82,24 @@ def calibration_windows(run: Run) -> Tensor:
     return windows
 
 
-def grid_of(variant: VariantConfig, layer: str = "") -> Grid:
+def grid_of(solver: SolverConfig, layer: str = "") -> Grid:
     """The grid of a layer's codes: the first of ``solver.overrides`` that matches its full name, else the variant's."""
-    solver = variant.solver
     for override in solver.overrides:
         if layer and re.search(override.match, layer):
             return override_grid(solver, override)
     return Grid(solver.bits, solver.group_size, solver.symmetric)
+
+
+def grids_of(solver: SolverConfig) -> list[Grid]:
+    """Every grid a solver's layers may be on."""
+    return [grid_of(solver), *(override_grid(solver, override) for override in solver.overrides)]
+
+
+def needs_calibration(solver: SolverConfig) -> bool:
+    """Whether a variant's layers are quantized by what their inputs are."""
+    return SOLVERS[solver.name].needs_calibration or (
+        SOLVERS[solver.name].quantizes and (solver.input_activations == "static" or solver.smoothquant)
+    )
 
 
 def override_grid(solver: SolverConfig, override: OverrideConfig) -> Grid:
@@ -106,4 +133,9 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
         gptaq_alpha=chosen("gptaq_alpha"),
         sweeps=chosen("sweeps"),
         tune_epochs=chosen("tune_epochs"),
+        input_activations=solver.input_activations,
+        observer=solver.observer,
+        percentile=solver.percentile,
+        smoothquant=solver.smoothquant,
+        smoothquant_alpha=solver.smoothquant_alpha,
     )

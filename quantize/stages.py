@@ -28,7 +28,7 @@ from quantize.grids import Grid
 from quantize.logs import progress
 from quantize.manifest import StepRecord
 from quantize.quantizer import parts_of, quantize_blocks, skipped
-from quantize.run import Run, grid_of
+from quantize.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def selected_layers(run: Run, variant: VariantConfig) -> dict[str, Grid]:
     for part in parts_of(run, variant):
         for name, (rows, columns) in part.items():
             if not skipped(name, variant.solver.skip):
-                layers[name] = grid_of(variant, name)
+                layers[name] = run.grid(variant, name)
                 CONTAINERS[variant.container].check(name, rows, columns, layers[name])
     for override in variant.solver.overrides:
         if not any(re.search(override.match, name) for name in layers):
@@ -153,20 +153,25 @@ def export(run: Run, name: str, record: StepRecord) -> None:
         for stored in checkpoint.names():
             canonical = run.walk.canonical(stored) if layers else stored
             if canonical not in weights:
-                yield canonical, changed.pop(canonical) if canonical in changed else checkpoint.tensor(stored)
+                tensor = changed.pop(canonical) if canonical in changed else checkpoint.tensor(stored)
+                yield canonical, cast(stored, tensor, dtype) if variant.dtype else tensor
         if changed:
             raise ValueError(f"tuned tensors that the checkpoint does not have: {', '.join(changed)}")
 
-    solver, config = asdict(variant.solver), checkpoint.config_dict()
+    solver, config, dtype = asdict(variant.solver), checkpoint.config_dict(), run.dense_dtype(variant)
+    if variant.dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = variant.dtype
     if variant.solver.lm_head and layers:
         config["tie_word_embeddings"] = False  # the output embedding now has numbers of its own
     artifact = Artifact(
         config=config,
         dense=dense(),
-        quantized=BlockFiles.read_all(work, variant) if layers else (),
-        grid=grid_of(variant) if layers else None,
+        quantized=BlockFiles.read_all(work, layers) if layers else (),
+        grid=run.grid(variant) if layers else None,
         layers=layers,
         skipped=tuple(layer for layer in everything if f"{layer}.weight" not in weights),
+        outside=() if variant.solver.lm_head or not layers else tuple(run.walk.head()),
         options={
             **solver,
             "quantizer": f"quantize:{__version__}",
@@ -178,10 +183,23 @@ def export(run: Run, name: str, record: StepRecord) -> None:
         checkpoint.copy_side_files(directory)
     record.files = files_below(run.artifact(name))
     weight_bytes = sum(file.stat().st_size for file in record.files if file.suffix == ".safetensors")
-    first = checkpoint.dtype(checkpoint.names()[0])
     record.result = {
         "size_bytes": weight_bytes,
-        "bits": variant.solver.bits if layers else torch.finfo(first).bits,
+        "bits": variant.solver.bits if layers else torch.finfo(dtype).bits,
         "bits_per_weight": 8 * weight_bytes / checkpoint.num_parameters(),
         "quantized_layers": len(layers),
     }
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor in another type.
+
+    Raises:
+        InputError: a finite value is infinite there.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if bool(torch.isinf(result).any()):
+        raise InputError(f"tensor {name} has values up to {float(tensor.abs().max()):.3g}, beyond {dtype}; use dtype=bfloat16")
+    return result

@@ -25,6 +25,11 @@ class SolverOptions:
         gptaq_alpha: share of the inputs' error that the weights are to make good, 0 (none) to 1 (all).
         sweeps: coordinate-descent passes over the codes after the first rounding.
         tune_epochs: passes over the calibration windows in which a block's scales and norms are tuned together.
+        input_activations: ``none``, ``dynamic``, ``static``: how inputs are quantized (:mod:`quantize.activations`).
+        observer: how a static range is found.
+        percentile: for ``observer=percentile``.
+        smoothquant: scale norms and the layers behind them so that inputs are easier to quantize (:mod:`quantize.smoothing`).
+        smoothquant_alpha: its strength; None searches.
     """
 
     desc_act: bool = True
@@ -37,6 +42,11 @@ class SolverOptions:
     gptaq_alpha: float = 0.0
     sweeps: int = 0
     tune_epochs: int = 0
+    input_activations: str = "none"
+    observer: str = "minmax"
+    percentile: float = 99.99
+    smoothquant: bool = False
+    smoothquant_alpha: float | None = None
 
 
 @dataclass

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from quantize.blocks import Arguments, DecoderWalk, linear_layers, set_linear_weight
 from quantize.checkpoint import open_checkpoint
 from quantize.forwards import (
-    Statistics,
     Stream,
     parallel_forward,
     rerun_forward,
@@ -22,6 +21,7 @@ from quantize.forwards import (
     suspended_forward,
 )
 from quantize.groups import find_groups
+from quantize.statistics import Statistics
 
 FORWARDS = [suspended_forward, rerun_forward, parallel_forward]
 SEQUENTIAL = [suspended_forward, rerun_forward]

@@ -12,8 +12,9 @@ from transformers import Qwen3MoeConfig
 
 from quantize.blocks import DecoderWalk, linear_layers, set_linear_weight
 from quantize.checkpoint import open_checkpoint
-from quantize.forwards import Statistics, Stream, parallel_forward, rerun_forward, run_block, suspended_forward
+from quantize.forwards import Stream, parallel_forward, rerun_forward, run_block, suspended_forward
 from quantize.groups import find_groups
+from quantize.statistics import Statistics
 
 Group = list[str]
 FORWARDS = [suspended_forward, rerun_forward, parallel_forward]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize.forwards import Statistics
 from quantize.grids import SUPPORTED_BITS, Grid, QuantizedTensor, group_index, quantize_nearest
 from quantize.solvers import SOLVERS, LayerProblem, SolverOptions
 from quantize.solvers.descent import sweep
 from quantize.solvers.gptq import damping, feed_back, inverse_factor, plan_columns, solve
+from quantize.statistics import Statistics
 
 ROWS, COLUMNS = 48, 128
 DAMP = 0.01

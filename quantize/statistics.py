@@ -1,0 +1,74 @@
+"""What a solver learns about the inputs of a group of layers while the calibration windows pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = 512  # columns of a tile of the Hessian's upper triangle
+_ROWS = 64  # inputs of each batch that are kept as they are
+
+
+class Statistics:
+    """Statistics of the inputs ``x`` of a group of layers; everything is accumulated in float32.
+
+    The Hessian ``H = 2/n * sum(x x^T)`` (GPTQ, arXiv:2210.17323, section 3.1); where reference inputs are given, the drift
+    ``D = 2/n * sum((x_ref - x) x^T)``; the largest ``|x|`` of each column; and some of the inputs themselves.
+
+    Attributes:
+        count: the number ``n`` of inputs so far. An expert's layers see only the tokens routed to it, perhaps none.
+    """
+
+    def __init__(self, second_order: bool = True) -> None:
+        """``second_order``: whether Hessian and drift are wanted, which cost a matrix product each."""
+        self.count = 0
+        self._second_order = second_order
+        self._hessian: Tensor | None = None
+        self._drift: Tensor | None = None
+        self._maxima: Tensor | None = None
+        self._rows: list[Tensor] = []
+
+    def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
+        """Add inputs ``[..., in_features]``, each leading index one sample, and the unquantized model's at the same places."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        columns = rows.shape[1]
+        if self._second_order:
+            self._add_products(rows, None if reference is None else reference.reshape(-1, columns).float())
+        maxima = rows.abs().amax(0) if len(rows) else rows.new_zeros(columns)
+        self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
+        self._rows.append(rows[:: max(1, len(rows) // _ROWS)].clone())
+        self.count += rows.shape[0]
+
+    def _add_products(self, rows: Tensor, reference: Tensor | None) -> None:
+        columns = rows.shape[1]
+        if self._hessian is None:
+            self._hessian = torch.zeros(columns, columns, device=rows.device)
+        # A symmetric rank-k update: only tiles on and above the diagonal are computed, each by the matrix product routine.
+        for start in range(0, columns, TILE):
+            stop = min(start + TILE, columns)
+            self._hessian[start:stop, start:].addmm_(rows[:, start:stop].t(), rows[:, start:])
+        if reference is not None:
+            if self._drift is None:
+                self._drift = torch.zeros(columns, columns, device=rows.device)
+            self._drift.addmm_((reference - rows).t(), rows)
+
+    def hessian(self) -> Tensor:
+        """The Hessian, float32 ``[in_features, in_features]``."""
+        if self._hessian is None or not self.count:
+            raise ValueError("no inputs were added")
+        upper = self._hessian.triu()
+        return (upper + upper.triu(1).t()).mul_(2.0 / self.count)
+
+    def drift(self) -> Tensor | None:
+        """The drift, float32 ``[in_features, in_features]``; None where no reference inputs were added."""
+        return None if self._drift is None else self._drift * (2.0 / self.count)
+
+    def maxima(self) -> Tensor:
+        """The largest magnitude in each column, float32 ``[in_features]``."""
+        if self._maxima is None:
+            raise ValueError("no inputs were added")
+        return self._maxima
+
+    def sample(self) -> Tensor:
+        """Some of the inputs, evenly spread over those of each batch: float32 ``[rows, in_features]``."""
+        return torch.cat(self._rows)
