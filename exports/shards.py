@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from exports.stream import SafetensorsWriter
 
 SHARD_BYTES = 2 * 1024**3
 SINGLE_FILE = "model.safetensors"
@@ -20,31 +21,23 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``(name, tensor)`` pairs into ``directory``, holding at most one shard in memory.
+    """Write ``(name, tensor)`` pairs into ``directory``, holding one tensor in memory.
 
     The caller makes the directory atomic. Order of tensors decides which shard each lands in, so equal input gives equal
     bytes.
     """
     shards: list[tuple[Path, list[str]]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending_bytes
+    total_bytes = 0
+    pending = iter(tensors)
+    following = next(pending, None)
+    while following is not None or not shards:
         path = directory / f"shard-{len(shards)}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append((path, list(pending)))
-        pending.clear()
-        pending_bytes = 0
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        pending_bytes += size
-        total_bytes += size
-    flush()
+        with SafetensorsWriter(path, {"format": "pt"}) as shard:
+            while following is not None and (not shard.names or shard.nbytes + _size(following) <= shard_bytes):
+                shard.add(*following)
+                following = next(pending, None)
+        shards.append((path, shard.names))
+        total_bytes += shard.nbytes
 
     if len(shards) == 1:
         shards[0][0].rename(directory / SINGLE_FILE)
@@ -56,6 +49,10 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_b
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _size(item: tuple[str, Tensor]) -> int:
+    return item[1].numel() * item[1].element_size()
 
 
 def shard_files(directory: Path) -> list[Path]:

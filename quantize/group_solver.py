@@ -80,7 +80,7 @@ class GroupSolver:
             layers.update(zip(on_grid, solver.solve(problem), strict=True))
         if self.options.input_activations == "static":
             step = self._input_step(names, statistics, scales)
-            layers = {name: replace(tensor, input_scale=step) for name, tensor in layers.items()}
+            layers = {name: replace(tensor, input_scale=step.clone()) for name, tensor in layers.items()}
         return Solved(layers, dense, scales)
 
     def _smooth(self, norm: Norm, weights: dict[str, Tensor], statistics: Statistics) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from exports import CONTAINERS
 from exports.base import Artifact
 from quantize import __version__
 from quantize.block_files import BlockFiles
+from quantize.checkpoint import Checkpoint
 from quantize.config import VariantConfig
 from quantize.errors import InputError
 from quantize.files import atomic_directory, files_below, sha256_file, sha256_json, write_tensors
@@ -32,6 +33,24 @@ from quantize.run import Run
 
 log = logging.getLogger(__name__)
 
+_MAPPED_BYTES = 32 * 2**20
+
+
+class ReleasingReader:
+    """Reads a checkpoint's tensors in passing: what was read is unmapped again every few megabytes."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._bytes = checkpoint, 0
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor ``name``; use it before the next call."""
+        if self._bytes > _MAPPED_BYTES:
+            self._checkpoint.release()
+            self._bytes = 0
+        tensor = self._checkpoint.tensor(name)
+        self._bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
 
 def load(run: Run, record: StepRecord) -> None:
     """Read the checkpoint once: hash its files, refuse NaN and infinity, and check that the tokenizer fits.
@@ -41,8 +60,9 @@ def load(run: Run, record: StepRecord) -> None:
     """
     checkpoint = run.checkpoint
     stored_bytes = 0
+    read = ReleasingReader(checkpoint)
     for name in progress(checkpoint.names(), "load"):
-        tensor = checkpoint.tensor(name)
+        tensor = read(name)
         if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{checkpoint.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         stored_bytes += tensor.numel() * tensor.element_size()
@@ -149,11 +169,13 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     work = run.work("quantize", name)
     changed = BlockFiles.read_dense(work) if layers else {}
 
+    read = ReleasingReader(checkpoint)
+
     def dense() -> Iterator[tuple[str, Tensor]]:
         for stored in checkpoint.names():
             canonical = run.walk.canonical(stored) if layers else stored
             if canonical not in weights:
-                tensor = changed.pop(canonical) if canonical in changed else checkpoint.tensor(stored)
+                tensor = changed.pop(canonical) if canonical in changed else read(stored)
                 yield canonical, cast(stored, tensor, dtype) if variant.dtype else tensor
         if changed:
             raise ValueError(f"tuned tensors that the checkpoint does not have: {', '.join(changed)}")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from exports.shards import INDEX_FILE, SINGLE_FILE, read_shards, shard_files, write_shards
+from exports.stream import SafetensorsWriter
 
 KIB = 1024
+KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool]
 
 
 def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -84,3 +91,31 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path: Path) -> None:
 
     write_shards(tmp_path, watched(), 2 * KIB)
     assert seen == [0, 0, 0, 1, 1]
+
+
+@given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=6), st.randoms(use_true_random=False))
+def test_a_streamed_file_is_the_packages_own(kinds: list[torch.dtype], random: Random) -> None:
+    """Whatever the order tensors come in, whatever their types and shapes: the same bytes as ``save_file`` writes."""
+    named = {}
+    for number, kind in enumerate(kinds):
+        shape = [random.randint(0, 5) for _ in range(random.randint(0, 3))]
+        named[random.choice('abĂ"') + str(number)] = (torch.rand(shape) * 100).to(kind)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+        with SafetensorsWriter(ours, {"format": "pt"}) as writer:
+            for name in random.sample(list(named), len(named)):
+                writer.add(name, named[name])
+        save_file(named, theirs, metadata={"format": "pt"})
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_failed_stream_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two tensors are named a"), SafetensorsWriter(tmp_path / "file", {}) as writer:
+        writer.add("a", torch.ones(2))
+        writer.add("a", torch.ones(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_safetensors_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="complex64"), SafetensorsWriter(tmp_path / "file", {}) as writer:
+        writer.add("a", torch.ones(2, dtype=torch.complex64))
