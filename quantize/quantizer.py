@@ -79,6 +79,7 @@ class _PlainSteps:
                 weight = self.run.walk.weight(layer)
                 problem = LayerProblem([layer], [weight], self.run.grid(self.variant, layer), None, self.options)
                 done[layer] = solver.solve(problem)[0]
+        self.run.checkpoint.release()
         self.files.write(index, done)
 
 
