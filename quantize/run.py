@@ -104,6 +104,5 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
         block_size=solver.block_size,
         search_steps=chosen("search_steps"),
         gptaq_alpha=chosen("gptaq_alpha"),
-        sweeps=chosen("sweeps"),
         tune_epochs=chosen("tune_epochs"),
     )
