@@ -19,8 +19,10 @@ from rich.table import Table
 from eval.bench_process import quantize_command, table_console
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import open_checkpoint
+from quantize.config import QUALITIES
 from quantize.demo_model import demo_model
 from quantize.files import read_json
+from quantize.forwards import TILE
 
 
 def matmul_rate(size: int = 2048, seconds: float = 2.0) -> float:
@@ -34,19 +36,22 @@ def matmul_rate(size: int = 2048, seconds: float = 2.0) -> float:
     return 2 * size**3 / best
 
 
-def gptq_operations(model: Path, tokens: int) -> tuple[float, float]:
-    """Operations in matrix products of one pass over ``tokens``: linear layers' forwards, and Hessians ``X^T X``.
+def gptq_operations(model: Path, tokens: int, compared: bool) -> tuple[float, float]:
+    """Operations in matrix products of one pass over ``tokens``: linear layers' forwards, and statistics of their inputs.
 
-    A Hessian counts as a general product, ``2 * tokens * in_features**2``, once for each distinct input of a Llama block.
+    Statistics are taken once for each distinct input of a Llama block: the Hessian's tiles on and above the diagonal, and
+    where the unquantized model is ``compared``, the drift as well, and every forward twice.
     """
     walk = DecoderWalk(open_checkpoint(str(model)), torch.device("cpu"), torch.float32)
-    forward = hessian = 0.0
+    forward = statistics = 0.0
     for index in range(walk.count):
         layers = walk.layer_names(index)
         forward += sum(2.0 * tokens * rows * columns for rows, columns in layers.values())
         shared = ("k_proj", "v_proj", "up_proj")  # read the same input as q_proj and gate_proj
-        hessian += sum(2.0 * tokens * columns**2 for name, (_, columns) in layers.items() if not name.endswith(shared))
-    return forward, hessian
+        for columns in (columns for name, (_, columns) in layers.items() if not name.endswith(shared)):
+            tiles = sum(min(TILE, columns - start) * (columns - start) for start in range(0, columns, TILE))
+            statistics += 2.0 * tokens * (tiles + compared * columns**2)
+    return forward * (1 + compared), statistics
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,21 +65,24 @@ def main(arguments: list[str] | None = None) -> int:
     status = subprocess.run(quantize_command("gptq", options.output_dir, options.overrides), check=False).returncode
     if status:
         return status
-    steps = read_json(options.output_dir / "manifest.json")["steps"]
+    manifest = read_json(options.output_dir / "manifest.json")
+    steps, recipe = manifest["steps"], manifest["recipe"]
     samples, tokens = steps["calibrate"]["result"]["windows"]
-    forward, hessian = gptq_operations(model, samples * tokens)
+    alpha = recipe["variants"]["gptq"]["solver"]["gptaq_alpha"]
+    compared = bool(QUALITIES[recipe["quality"]]["gptaq_alpha"] if alpha is None else alpha)
+    forward, statistics = gptq_operations(model, samples * tokens, compared)
     rate = matmul_rate()
     table = Table("step", "seconds", "peak RSS (MiB)", title=f"GPTQ, {samples} x {tokens} tokens", title_justify="left")
     for name, step in steps.items():
         table.add_row(name, f"{step['seconds']:.1f}", f"{step['peak_rss_bytes'] / 2**20:.0f}")
     console = table_console()
     console.print(table)
-    least = (forward + hessian) / rate
+    least = (forward + statistics) / rate
     spent = steps["quantize/gptq"]["seconds"]
     console.print(
-        f"matrix products: {forward / 1e12:.1f} TFLOP forwards + {hessian / 1e12:.1f} TFLOP Hessians; "
+        f"matrix products: {forward / 1e12:.1f} TFLOP forwards + {statistics / 1e12:.1f} TFLOP statistics of inputs; "
         f"peak {rate / 1e9:.0f} GFLOP/s (measured): at least {least:.0f} s; quantize took {spent:.0f} s, "
-        f"{least / spent:.0%} of peak",
+        f"{least / spent:.0%} of peak (tuning is not counted)",
         soft_wrap=True,
     )
     return 0

@@ -28,7 +28,6 @@ from quantize.forwards import run_block
 from quantize.grids import Grid
 from quantize.groups import find_groups
 from quantize.solvers import SolverOptions
-from quantize.solvers.descent import sweep
 from quantize.solvers.gptq import feed_back, inverse_factor, make_good, plan_columns
 from quantize.statistics import TILE, Statistics
 
@@ -59,7 +58,7 @@ def timed(action: Callable[[], object]) -> float:
 @torch.no_grad()
 def profile_block(walk: DecoderWalk, hidden: list[Tensor], arguments: Arguments, index: int, grid: Grid) -> dict[str, Part]:
     """Seconds and operations of each part, for block ``index`` and the hidden states (in batches) that enter it."""
-    names = ("forward", "Hessian", "drift", "factorisation", "drift correction", "scale search", "feedback", "one sweep")
+    names = ("forward", "Hessian", "drift", "factorisation", "drift correction", "scale search", "feedback")
     parts = {name: Part() for name in names}
     tokens = sum(batch.shape[0] * batch.shape[1] for batch in hidden)
     with walk.loaded_block(index) as block:
@@ -98,9 +97,9 @@ def _profile_group(parts: dict[str, Part], weight: Tensor, inputs: list[Tensor],
     plan = plan_columns(hessian.diagonal(), grid, options)
     hessian = hessian[plan.order][:, plan.order]
     weight = weight[:, plan.order]
-    factor, damp = inverse_factor(hessian, options.damp_percent, ["layer"])
+    factor = inverse_factor(hessian, options.damp_percent, ["layer"])
     # Cholesky n^3 / 3, and a triangular solve for the n columns of the unit matrix, n^3.
-    parts["factorisation"].add(timed(lambda: inverse_factor(hessian, damp, ["layer"])), columns**3 * 4 / 3)
+    parts["factorisation"].add(timed(lambda: inverse_factor(hessian, options.damp_percent, ["layer"])), columns**3 * 4 / 3)
     correction = timed(lambda: make_good(weight, hessian, factor, plan.order))
     parts["drift correction"].add(correction, 3 * 2.0 * rows * columns**2)
     unsearched = SolverOptions(search_steps=0)
@@ -108,13 +107,6 @@ def _profile_group(parts: dict[str, Part], weight: Tensor, inputs: list[Tensor],
     parts["feedback"].add(feedback, 1.0 * rows * columns**2)
     both = timed(lambda: feed_back(weight, factor, hessian.diagonal(), grid, plan, options))
     parts["scale search"].add(both - feedback, 0)
-    codes, scales, zeros, _ = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
-    hessian.diagonal().add_(damp * hessian.diagonal().mean())
-
-    def swept(sweeps: int) -> float:
-        return timed(lambda: sweep(weight, codes, hessian, scales, zeros, plan.groups, grid, sweeps))
-
-    parts["one sweep"].add(swept(2) - swept(1), 2.0 * rows * columns**2)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -129,6 +130,16 @@ class HiddenStates:
         with safe_open(cls._file(directory, batch), "pt") as file:
             tensor: Tensor = file.get_tensor("hidden")
         return tensor
+
+    @classmethod
+    def read_windows(cls, directory: Path, windows: Sequence[int], per_batch: int) -> Tensor:
+        """Single windows out of the files below ``directory``, which hold ``per_batch`` each (the last one perhaps fewer)."""
+        rows = []
+        for window in windows:
+            batch, row = divmod(window, per_batch)
+            with safe_open(cls._file(directory, batch), "pt") as file:
+                rows.append(file.get_slice("hidden")[row : row + 1])
+        return torch.cat(rows)
 
     @classmethod
     def write(cls, directory: Path, batch: int, hidden: Tensor) -> None:

@@ -22,9 +22,9 @@ STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
 # What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "sweeps": 0, "tune_epochs": 0},
-    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "sweeps": 2, "tune_epochs": 0},
-    "best": {"search_steps": 40, "gptaq_alpha": 1.0, "sweeps": 4, "tune_epochs": 2},
+    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "tune_epochs": 0},
+    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "tune_epochs": 0},
+    "best": {"search_steps": 40, "gptaq_alpha": 1.0, "tune_epochs": 2},
 }
 ACTIVATIONS = ("memory", "disk")
 INPUT_ACTIVATIONS = ("none", "dynamic", "static")
@@ -82,7 +82,6 @@ class SolverConfig:
     # null: as `quality` says
     search_steps: int | None = None
     gptaq_alpha: float | None = None
-    sweeps: int | None = None
     tune_epochs: int | None = None
     input_activations: str = "none"  # none | dynamic (8 bits, a scale for each token) | static (8 bits, one scale for all)
     observer: str = "minmax"  # of static ranges: minmax | percentile | mse
@@ -110,7 +109,6 @@ class VariantSolverConfig(SolverConfig):
     block_size: int = II("solver.block_size")
     search_steps: int | None = II("solver.search_steps")
     gptaq_alpha: float | None = II("solver.gptaq_alpha")
-    sweeps: int | None = II("solver.sweeps")
     tune_epochs: int | None = II("solver.tune_epochs")
     input_activations: str = II("solver.input_activations")
     observer: str = II("solver.observer")
@@ -254,10 +252,8 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
         raise InputError(f"{key}.solver.search_steps={solver.search_steps} is negative; use 0 (min-max), 40 or null")
     if solver.gptaq_alpha is not None and not 0 <= solver.gptaq_alpha <= 1:
         raise InputError(f"{key}.solver.gptaq_alpha={solver.gptaq_alpha} is not in [0, 1]; use 0 (off), 1 (full) or null")
-    for name in ("sweeps", "tune_epochs"):
-        value = getattr(solver, name)
-        if value is not None and value < 0:
-            raise InputError(f"{key}.solver.{name}={value} is negative; use 0, 2 or null")
+    if solver.tune_epochs is not None and solver.tune_epochs < 0:
+        raise InputError(f"{key}.solver.tune_epochs={solver.tune_epochs} is negative; use 0, 2 or null")
     if not 0 < solver.damp_percent < 1:
         raise InputError(f"{key}.solver.damp_percent={solver.damp_percent} is not inside (0, 1); use 0.01")
     _at_least(f"{key}.solver.block_size", solver.block_size, 1, 128)

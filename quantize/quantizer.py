@@ -91,7 +91,8 @@ class _CalibratedSteps:
         self.solver = GroupSolver(run, variant)
         self.options = self.solver.options
         windows = calibration_windows(run)
-        batches = torch.split(windows, max(1, run.config.calibration.batch_tokens // windows.shape[1]))
+        self.windows, self.per_batch = len(windows), max(1, run.config.calibration.batch_tokens // windows.shape[1])
+        batches = torch.split(windows, self.per_batch)
         self.batches = len(batches)
         self.in_memory = run.config.calibration.activations == "memory"
         self.forward = suspended_forward if self.in_memory else rerun_forward
@@ -215,15 +216,16 @@ class _BlockStep:
         """Tune the block, and run it once more: its outputs have changed. Gives the changed tensors that are not codes."""
         steps, arguments = self.steps, self.steps.arguments[self.index]
 
-        def read(directory: Path, batch: int) -> Tensor:
-            return HiddenStates.read(directory, batch).to(self.walk.device)
+        def read(directory: Path, windows: list[int]) -> Tensor:
+            return HiddenStates.read_windows(directory, windows, steps.per_batch).to(self.walk.device)
 
         tuned, dense = tune_block(
             self.block,
             {name.removeprefix(self.prefix): tensor for name, tensor in self.done.items()},
-            lambda batch: read(self.states["quantized"].directory, batch),
-            lambda batch: read(self.directory / "reference", batch),
-            steps.batches,
+            lambda windows: read(self.states["quantized"].directory, windows),
+            lambda windows: read(self.directory / "reference", windows),
+            steps.windows,
+            steps.per_batch,
             arguments,
             steps.options.tune_epochs,
             steps.seed + self.index,
@@ -234,7 +236,8 @@ class _BlockStep:
             set_linear_weight(self.layers[name], tensor.dequantize())
         with torch.no_grad():
             for batch in range(steps.batches):
-                hidden = run_block(self.block, read(self.states["quantized"].directory, batch), arguments)
+                entering = HiddenStates.read(self.states["quantized"].directory, batch).to(self.walk.device)
+                hidden = run_block(self.block, entering, arguments)
                 self.following["quantized"].store(self.directory / "quantized", batch, hidden)
         return dense
 

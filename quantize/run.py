@@ -131,7 +131,6 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
         block_size=solver.block_size,
         search_steps=chosen("search_steps"),
         gptaq_alpha=chosen("gptaq_alpha"),
-        sweeps=chosen("sweeps"),
         tune_epochs=chosen("tune_epochs"),
         input_activations=solver.input_activations,
         observer=solver.observer,

@@ -31,14 +31,17 @@ log = logging.getLogger(__name__)
 _RATE = 2e-3  # Adam's; scales are trained as factors, so it is relative to the scale
 _BETAS = (0.9, 0.95)
 
+Windows = Callable[[list[int]], Tensor]  # numbers of windows -> their hidden states, [windows, tokens, hidden]
+
 
 @torch.enable_grad()
 def tune_block(
     block: nn.Module,
     layers: Mapping[str, QuantizedTensor],
-    inputs: Callable[[int], Tensor],
-    targets: Callable[[int], Tensor],
-    batches: int,
+    inputs: Windows,
+    targets: Windows,
+    windows: int,
+    batch: int,
     arguments: Arguments,
     epochs: int,
     seed: int,
@@ -49,12 +52,13 @@ def tune_block(
     Args:
         block: the decoder block.
         layers: its quantized layers, by name inside the block.
-        inputs: a batch's hidden states ``[windows, tokens, hidden]`` as they reach the block in the quantized model.
-        targets: the same batch's hidden states as they leave the block in the unquantized model.
-        batches: number of batches.
+        inputs: hidden states of the windows asked for as they reach the block in the quantized model.
+        targets: hidden states of the same windows as they leave the block in the unquantized model.
+        windows: number of windows.
+        batch: windows in one step.
         arguments: the block's other arguments.
-        epochs: passes over all batches.
-        seed: of the order of batches.
+        epochs: passes over all windows.
+        seed: of the order of windows.
         dtypes: the type each parameter of the block is stored in, by name inside the block.
 
     Returns:
@@ -68,20 +72,21 @@ def tune_block(
     }
     optimizer = torch.optim.Adam([weight.factor for weight in weights.values()] + list(shifts.values()), _RATE, _BETAS)
     generator = torch.Generator().manual_seed(seed)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(windows / batch))
     losses: list[float] = []
     for _ in range(epochs):
         total = 0.0
-        for batch in torch.randperm(batches, generator=generator).tolist():
+        for step in torch.split(torch.randperm(windows, generator=generator), batch):
+            chosen: list[int] = step.tolist()
             parameters = {name: weight.value() for name, weight in weights.items()}
             parameters |= {name: shift.to(block.get_parameter(name).dtype) for name, shift in shifts.items()}
-            loss = (_call(block, parameters, inputs(batch), arguments).float() - targets(batch).float()).square().mean()
+            loss = (_call(block, parameters, inputs(chosen), arguments).float() - targets(chosen).float()).square().mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-            total += float(loss.detach())
-        losses.append(total / batches)
+            total += float(loss.detach()) * len(chosen)
+        losses.append(total / windows)
     if not math.isfinite(losses[-1]):
         raise ValueError(f"tuning diverged (loss {losses[-1]}); use solver.tune_epochs=0")
     log.debug("block tuned: loss %s", " -> ".join(f"{loss:.4g}" for loss in losses))

@@ -23,7 +23,6 @@ class SolverOptions:
         search_steps: candidates of the Hessian-weighted scale search besides the min-max range; 0 takes min-max.
         search_range: the largest shrinkage of the range that is tried, in [0, 1).
         gptaq_alpha: share of the inputs' error that the weights are to make good, 0 (none) to 1 (all).
-        sweeps: coordinate-descent passes over the codes after the first rounding.
         tune_epochs: passes over the calibration windows in which a block's scales and norms are tuned together.
         input_activations: ``none``, ``dynamic``, ``static``: how inputs are quantized (:mod:`quantize.activations`).
         observer: how a static range is found.
@@ -40,7 +39,6 @@ class SolverOptions:
     search_steps: int = 40
     search_range: float = 0.6
     gptaq_alpha: float = 0.0
-    sweeps: int = 0
     tune_epochs: int = 0
     input_activations: str = "none"
     observer: str = "minmax"

@@ -10,10 +10,9 @@ the Cholesky form of the paper's algorithm 1)::
 The sum of ``e_j^2`` over all columns is exactly the layer's loss. Updates beyond the current block of ``block_size`` columns
 are saved up and applied as one matrix product ("lazy batch updates").
 
-Two things go past the paper, and both leave its loss and its format alone. The inputs of a layer are themselves damaged by
-the quantization of earlier layers; :func:`make_good` moves the target so that the layer's *output* stays what it was in the
-unquantized model (the objective of GPTAQ, arXiv:2504.02692, reached in closed form). And after the first pass
-:mod:`quantize.solvers.descent` revisits every code.
+One thing goes past the paper, and leaves its loss and its format alone. The inputs of a layer are themselves damaged by the
+quantization of earlier layers; :func:`make_good` moves the target so that the layer's *output* stays what it was in the
+unquantized model (the objective of GPTAQ, arXiv:2504.02692, reached in closed form).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from torch import Tensor
 
 from quantize.grids import Grid, QuantizedTensor
 from quantize.solvers.base import LayerProblem, Solver, SolverOptions
-from quantize.solvers.descent import sweep
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
 
     plan = plan_columns(hessian.diagonal(), grid, options)
     hessian = hessian[plan.order][:, plan.order]
-    factor, damp = inverse_factor(hessian, damping(options, len(hessian), problem.tokens), problem.names)
+    factor = inverse_factor(hessian, damping(options, len(hessian), problem.tokens), problem.names)
     drift = problem.drift if options.gptaq_alpha else None
     shift = None if drift is None else make_good(weight, options.gptaq_alpha * drift, factor, plan.order)
     weight[:, dead] = 0
@@ -60,10 +58,6 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
         weight += shift
 
     codes, scales, zeros, loss = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
-    if options.sweeps:
-        # The same damped quadratic that the first pass minimised.
-        hessian.diagonal().add_(damp * hessian.diagonal().mean())
-        codes = sweep(weight, codes, hessian, scales, zeros, plan.groups, grid, options.sweeps)
     log.debug("%s: loss %.4g", problem.names[0], loss)
 
     original = torch.argsort(plan.order)
@@ -134,8 +128,8 @@ def damping(options: SolverOptions, columns: int, tokens: int | None) -> float:
     return min(options.damp_percent * columns / max(tokens, 1), _MAX_DAMP)
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> tuple[Tensor, float]:
-    """The upper triangular ``U`` with ``(H + damping)^-1 = U^T U``, and the damping that it took.
+def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> Tensor:
+    """The upper triangular ``U`` with ``(H + damping)^-1 = U^T U``.
 
     ``H`` is never inverted: for the reversal ``J`` (rows and columns backwards), ``J H J = L L^T`` gives ``H = R R^T`` with
     the upper triangular ``R = J L J``, so ``U = R^-1``. One Cholesky factorisation and one triangular solve.
@@ -164,7 +158,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float, names: list[str]) -> tu
         log.warning("%s: Hessian is not positive definite; damp_percent raised to %g", ", ".join(names), damp)
     identity = torch.eye(len(hessian), device=hessian.device)
     inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(0, 1), damp
+    return inverse.flip(0, 1)
 
 
 def make_good(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor) -> Tensor:

@@ -374,7 +374,7 @@ def test_an_override_without_a_match(fails: Fails) -> None:
         ("solver.act_group_aware=true", ["desc_act and act_group_aware", "desc_act=false"]),
         ("solver.search_steps=-1", ["search_steps=-1 is negative", "0 (min-max)"]),
         ("solver.gptaq_alpha=1.5", ["gptaq_alpha=1.5 is not in [0, 1]"]),
-        ("solver.sweeps=-2", ["sweeps=-2 is negative"]),
+        ("solver.tune_epochs=-2", ["tune_epochs=-2 is negative"]),
         ("solver.tune_epochs=-1", ["tune_epochs=-1 is negative"]),
     ],
 )

@@ -125,7 +125,6 @@ def test_every_solver_field_is_inherited() -> None:
         "act_group_aware": "true",
         "search_steps": "3",
         "gptaq_alpha": "0.5",
-        "sweeps": "1",
         "tune_epochs": "1",
         "input_activations": "dynamic",
         "observer": "mse",

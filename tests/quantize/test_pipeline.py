@@ -317,7 +317,7 @@ def test_several_batches_on_disk_give_the_bytes_of_several_batches_in_memory(
     small: list[str], cli: Cli, tmp_path: Path
 ) -> None:
     for place in ("memory", "disk"):
-        # With everything on: two streams of hidden states, sweeps, tuning.
+        # With everything on: two streams of hidden states, tuning.
         settings = [f"calibration.activations={place}", "calibration.batch_tokens=64", "quality=best", ARTIFACTS]
         assert cli(*small, *settings, f"output_dir={tmp_path / place}")[0] == 0
     assert hashes(tmp_path / "memory" / "variants") == hashes(tmp_path / "disk" / "variants")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,20 @@ from quantize.grids import Grid, QuantizedTensor, quantize_nearest
 from quantize.tuning import tune_block
 
 TOKENS = 24
+WINDOWS = 10
+
+
+def chosen(batches: list[Tensor]) -> Callable[[list[int]], Tensor]:
+    """Hidden states in batches, to be asked for by numbers of windows."""
+    return torch.cat(batches).__getitem__
 
 
 class Bench:
-    """A tiny Llama's second block, its inputs in three batches, and its layers rounded to two bits."""
+    """A tiny Llama's second block, its inputs in three batches (the last one smaller), and its layers rounded."""
 
     def __init__(self, path: Path) -> None:
         self.walk = DecoderWalk(open_checkpoint(str(path)), torch.device("cpu"), torch.float32)
-        ids = torch.randint(3, 300, (12, TOKENS), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(3, 300, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0))
         self.inputs = [self.walk.block_inputs(part) for part in torch.split(ids, 4)]
         self.arguments = self.walk.block_arguments(TOKENS)[1]
         self.prefix = f"{self.walk.path}.1."
@@ -47,7 +54,7 @@ class Bench:
             errors = [self.error(block, targets)]
             dtypes = {name: self.walk.stored_dtype(self.prefix + name) for name, _ in block.named_parameters()}
             after, dense = tune_block(
-                block, before, self.inputs.__getitem__, targets.__getitem__, 3, self.arguments, epochs, seed, dtypes
+                block, before, chosen(self.inputs), chosen(targets), WINDOWS, 4, self.arguments, epochs, seed, dtypes
             )
             for name, tensor in after.items():
                 set_linear_weight(linear_layers(block)[name], tensor.dequantize())
@@ -101,7 +108,7 @@ def test_an_unquantized_block_has_nothing_to_gain(bench: Bench) -> None:
             targets = [run_block(block, hidden, bench.arguments) for hidden in bench.inputs]
         dtypes = dict.fromkeys((name for name, _ in block.named_parameters()), torch.float32)
         norms = {name: value.detach().clone() for name, value in block.named_parameters() if value.dim() == 1}
-        layers, dense = tune_block(block, {}, bench.inputs.__getitem__, targets.__getitem__, 3, bench.arguments, 3, 0, dtypes)
+        layers, dense = tune_block(block, {}, chosen(bench.inputs), chosen(targets), WINDOWS, 4, bench.arguments, 3, 0, dtypes)
     assert layers == {}
     for name, value in norms.items():
         assert torch.equal(dense[name], value), name
@@ -115,9 +122,10 @@ def test_divergence_is_told(bench: Bench) -> None:
             tune_block(
                 block,
                 layers,
-                bench.inputs.__getitem__,
-                lambda batch: targets[batch] * float("nan"),
-                3,
+                chosen(bench.inputs),
+                lambda windows: chosen(targets)(windows) * float("nan"),
+                WINDOWS,
+                4,
                 bench.arguments,
                 1,
                 0,

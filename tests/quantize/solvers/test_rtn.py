@@ -23,7 +23,7 @@ def test_every_weight_goes_to_its_nearest_grid_value(bits: int) -> None:
 
 def test_layers_are_quantized_one_by_one_without_data() -> None:
     weights = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (8, 24)]
-    options = SolverOptions(desc_act=True, sweeps=2)
+    options = SolverOptions(desc_act=True, search_steps=2)
     solver = SOLVERS["rtn"]
     assert solver.quantizes and not solver.needs_calibration
     together = solver.solve(LayerProblem(["a", "b"], weights, Grid(4, 32), torch.rand(64, 64), options))
