@@ -22,7 +22,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.config import QUALITIES
 from quantize.demo_model import demo_model
 from quantize.files import read_json
-from quantize.forwards import TILE
+from quantize.statistics import TILE
 
 
 def matmul_rate(size: int = 2048, seconds: float = 2.0) -> float:

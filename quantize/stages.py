@@ -64,7 +64,7 @@ def load(run: Run, record: StepRecord) -> None:
     read = ReleasingReader(checkpoint)
     for name in progress(checkpoint.names(), "load"):
         tensor = read(name)
-        if not all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_CHECKED_AT_ONCE)):
+        if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.reshape(-1), _CHECKED_AT_ONCE)):
             raise InputError(f"{checkpoint.path}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
         stored_bytes += tensor.numel() * tensor.element_size()
     _check_vocabulary(run)
