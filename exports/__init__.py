@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from exports import dense, gptq
+from exports import bitsandbytes, dense, gptq
 from exports.base import Container
 
 CONTAINERS: dict[str, Container] = {
     "safetensors": dense.CONTAINER,
     "gptq": gptq.CONTAINER,
+    "bitsandbytes": bitsandbytes.CONTAINER,
 }
 
 __all__ = ["CONTAINERS", "Container"]

@@ -33,8 +33,9 @@ class StepKeys:
         return self.manifest.result(step)
 
     def quantizes(self, name: str) -> bool:
-        """Whether a variant has a quantize step."""
-        return SOLVERS[self.config.variants[name].solver.name].quantizes
+        """Whether a variant has a quantize step: not where weights stay as they are, nor where its container quantizes."""
+        solver = SOLVERS[self.config.variants[name].solver.name]
+        return solver.quantizes and solver.container is None
 
     def calibrates(self) -> bool:
         """Whether any variant needs calibration windows."""
@@ -66,9 +67,10 @@ class StepKeys:
 
     def export(self, name: str) -> str:
         """What was quantized, and the container."""
-        container = self.config.variants[name].container
+        container, solver = self.config.variants[name].container, self.config.variants[name].solver
         if not self.quantizes(name):
-            return step_key("export", self.need("load", self.load())["fingerprint"], container)
+            parts = [asdict(solver), self.run.device.type] if SOLVERS[solver.name].quantizes else []
+            return step_key("export", self.need("load", self.load())["fingerprint"], container, *parts)
         key = self.quantize(name)
         self.need(f"quantize/{name}", key)
         return step_key("export", key, container)
