@@ -98,7 +98,8 @@ def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def _int_mm_takes(left: Tensor, right: Tensor) -> bool:
     """Whether torch's integer product is there for this device and shape."""
-    if not left.numel() or not right.numel():
+    # Of a single column, CPU builds up to torch 2.13 return uninitialized memory.
+    if not left.numel() or not right.numel() or left.shape[1] == 1:
         return False
     if left.device.type == "cuda":  # cuBLASLt's limits
         return left.shape[0] > 16 and left.shape[1] % 8 == 0 and right.shape[0] % 8 == 0

@@ -259,7 +259,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
 def _check_bitsandbytes(key: str, solver: SolverConfig, program: str | None, bits: int | None) -> None:
     """Refuse an impossible threshold, and what a program that quantizes by itself does not take from a recipe."""
     if not 0 <= solver.outlier_threshold < float("inf"):
-        raise InputError(f"{key}.outlier_threshold={solver.outlier_threshold} is not in [0, inf); use 6.0, or 0 for no outliers")
+        raise InputError(f"{key}.outlier_threshold={solver.outlier_threshold} is not in [0, inf); use 6.0, or 0 for none")
     if program is None:
         return
     if solver.bits != bits:

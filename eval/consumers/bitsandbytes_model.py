@@ -42,7 +42,9 @@ def load(directory: Path, device: str) -> TransformersArtifact:
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             complete = module.weight.dtype == torch.int8 and module.weight.SCB is not None
         elif isinstance(module, bitsandbytes.nn.Linear4bit):
-            complete = getattr(module.weight, "quant_state", None) is not None
+            state = getattr(module.weight, "quant_state", None)
+            # Scales that are codes themselves need scales of their own.
+            complete = state is not None and (state.nested or state.absmax.is_floating_point())
         else:
             continue
         if not complete:

@@ -2,11 +2,10 @@
 
 * ``llm_int8`` (Dettmers et al. 2022, arXiv:2208.07339): int8 weights, one scale a row, rounded to nearest; the inputs are coded
   while the model runs, and columns with outliers are kept out. :mod:`inference.llm_int8` has the arithmetic.
-* ``nf4`` (Dettmers et al. 2023, arXiv:2305.14314, section 3): blocks of 64 weights on the 16 quantiles of a normal distribution;
+* ``nf4`` (Dettmers et al. 2023, arXiv:2305.14314, section 3): blocks of 64 weights on 16 quantiles of a normal distribution;
   ``double_quant`` codes the blocks' scales in 8 bits.
 
-Neither is on an integer grid that other containers hold, so each of these solvers names the one container that makes it, and the
-pipeline has no quantize step for them.
+Each of these solvers names the one container whose program makes it, and the pipeline has no quantize step for them.
 """
 
 from __future__ import annotations
