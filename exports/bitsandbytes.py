@@ -81,11 +81,15 @@ def write(directory: Path, artifact: Artifact) -> None:
 
 def _watched(artifact: Artifact, dtypes: set[torch.dtype]) -> Iterator[tuple[str, Tensor]]:
     """The dense tensors, noting their types; what LLM.int8() could not round to float16 is refused."""
+    halved = artifact.layers if artifact.options["name"] == "llm_int8" else {}
     for name, tensor in artifact.dense:
         if tensor.is_floating_point():
             dtypes.add(tensor.dtype)
-        if name.removesuffix(".weight") in artifact.layers and bool((tensor.abs() > _MAX_HALF).any()):
-            raise InputError(f"{name} holds a weight beyond float16's {_MAX_HALF:.0f}, which bitsandbytes cannot quantize")
+        if name.removesuffix(".weight") in halved and bool((tensor.abs() > _MAX_HALF).any()):
+            raise InputError(
+                f"{name} holds a weight beyond float16's {_MAX_HALF:.0f}, which LLM.int8() rounds to first; use solver=nf4, or "
+                "name the layer in solver.skip"
+            )
         yield name, tensor
 
 
