@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from exports import compressed_tensors, dense, gptq
+from exports import bitsandbytes, compressed_tensors, dense, gptq
 from exports.base import Container
 
 CONTAINERS: dict[str, Container] = {
     "safetensors": dense.CONTAINER,
     "gptq": gptq.CONTAINER,
     "compressed-tensors": compressed_tensors.CONTAINER,
+    "bitsandbytes": bitsandbytes.CONTAINER,
 }
 
 __all__ = ["CONTAINERS", "Container"]

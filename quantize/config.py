@@ -79,6 +79,8 @@ class SolverConfig:
     damp_percent: float = 0.01
     true_sequential: bool = True
     block_size: int = 128
+    outlier_threshold: float = 6.0  # llm_int8
+    double_quant: bool = False  # nf4
     # null: as `quality` says
     search_steps: int | None = None
     gptaq_alpha: float | None = None
@@ -107,6 +109,8 @@ class VariantSolverConfig(SolverConfig):
     damp_percent: float = II("solver.damp_percent")
     true_sequential: bool = II("solver.true_sequential")
     block_size: int = II("solver.block_size")
+    outlier_threshold: float = II("solver.outlier_threshold")
+    double_quant: bool = II("solver.double_quant")
     search_steps: int | None = II("solver.search_steps")
     gptaq_alpha: float | None = II("solver.gptaq_alpha")
     tune_epochs: int | None = II("solver.tune_epochs")
@@ -229,17 +233,21 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     solver = variant.solver
     _one_of(f"{key}.solver.name", solver.name, tuple(SOLVERS))
     _one_of(f"{key}.container", variant.container, tuple(CONTAINERS))
-    quantized = SOLVERS[solver.name].quantizes
-    if quantized != CONTAINERS[variant.container].quantized:
-        fits = [name for name, entry in CONTAINERS.items() if entry.quantized == quantized]
+    entry = SOLVERS[solver.name]
+    # A container whose own program quantizes is for the solvers that name it, and they for it alone.
+    delegates = {other.container for other in SOLVERS.values()}
+    fits = [name for name, kind in CONTAINERS.items() if name not in delegates and kind.quantized == entry.quantizes]
+    fits = [entry.container] if entry.container else fits
+    if variant.container not in fits:
         raise InputError(
             f"{key}.container={variant.container} cannot hold what solver.name={solver.name} makes; use {' or '.join(fits)}"
         )
     if variant.dtype is not None:
         _one_of(f"{key}.dtype", variant.dtype, DTYPES)
-    if quantized:
+    if entry.quantizes:
         Grid(solver.bits, solver.group_size, solver.symmetric)
         _check_inputs(key, variant)
+    _check_bitsandbytes(f"{key}.solver", solver, entry.container, entry.bits)
     for override in solver.overrides:
         _check_pattern(f"{key}.solver.overrides", override.match)
         override_grid(solver, override)
@@ -292,6 +300,20 @@ def _check_inputs(key: str, variant: VariantConfig) -> None:
             f"{key}.container={variant.container} stores groups of consecutive columns; use solver.static_groups=true, or "
             "solver.act_group_aware=true with solver.desc_act=false"
         )
+
+
+def _check_bitsandbytes(key: str, solver: SolverConfig, program: str | None, bits: int | None) -> None:
+    """Refuse an impossible threshold, and what a program that quantizes by itself does not take from a recipe."""
+    if not 0 <= solver.outlier_threshold < float("inf"):
+        raise InputError(f"{key}.outlier_threshold={solver.outlier_threshold} is not in [0, inf); use 6.0, or 0 for none")
+    if program is None:
+        return
+    if solver.bits != bits:
+        raise InputError(f"{key}.bits={solver.bits} is not what {key}.name={solver.name} makes; use {bits}")
+    if solver.lm_head:
+        raise InputError(f"{key}.lm_head=true, but {program} leaves the output embedding dense; use false")
+    if solver.overrides:
+        raise InputError(f"{key}.overrides: {program} has one grid for all layers; use [], or solver.skip for dense ones")
 
 
 def _check_pattern(key: str, pattern: str) -> None:

@@ -33,8 +33,9 @@ class StepKeys:
         return self.manifest.result(step)
 
     def quantizes(self, name: str) -> bool:
-        """Whether a variant has a quantize step."""
-        return SOLVERS[self.config.variants[name].solver.name].quantizes
+        """Whether a variant has a quantize step: not where weights stay as they are, nor where its container quantizes."""
+        solver = SOLVERS[self.config.variants[name].solver.name]
+        return solver.quantizes and solver.container is None
 
     def calibrates(self) -> bool:
         """Whether any variant needs calibration windows."""
@@ -68,11 +69,14 @@ class StepKeys:
     def export(self, name: str) -> str:
         """What was quantized, and the container."""
         variant = self.config.variants[name]
+        stored = [variant.container, variant.dtype]
         if not self.quantizes(name):
-            return step_key("export", self.need("load", self.load())["fingerprint"], variant.container, variant.dtype)
+            delegated = SOLVERS[variant.solver.name].quantizes
+            parts = [asdict(variant.solver), self.run.device.type] if delegated else []
+            return step_key("export", self.need("load", self.load())["fingerprint"], *stored, *parts)
         key = self.quantize(name)
         self.need(f"quantize/{name}", key)
-        return step_key("export", key, variant.container, variant.dtype)
+        return step_key("export", key, *stored)
 
     def evaluate(self, name: str) -> str:
         """The artifact's bytes and the protocol."""

@@ -27,6 +27,7 @@ _NOISY = (
     "filelock",
     "matplotlib",
     "accelerate",
+    "bitsandbytes",
 )
 
 

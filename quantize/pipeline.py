@@ -34,6 +34,7 @@ from quantize.files import disk_error, read_json, write_text
 from quantize.keys import StepKeys
 from quantize.manifest import Manifest, StepRecord, cpu_name, versions
 from quantize.run import Run
+from quantize.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class _Pipeline:
     def _report(self, record: StepRecord) -> None:
         loaded = self.manifest.result("load")
         evaluations = {name: self.manifest.result(f"evaluate/{name}") for name in self.config.variants}
-        baseline = next((name for name in self.config.variants if not self.keys.quantizes(name)), None)
+        baseline = next((name for name, v in self.config.variants.items() if not SOLVERS[v.solver.name].quantizes), None)
         reference = evaluations[baseline]["ppl"] if baseline else None
         results = [self._variant_result(name, evaluations[name], loaded, reference) for name in self.config.variants]
         protocol = {**next(iter(evaluations.values()))["protocol"]}

@@ -30,6 +30,7 @@ from quantize.logs import progress
 from quantize.manifest import StepRecord
 from quantize.quantizer import parts_of, quantize_blocks, skipped
 from quantize.run import Run
+from quantize.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +166,12 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     container = CONTAINERS[variant.container]
     checkpoint = run.checkpoint
     layers = selected_layers(run, variant) if container.quantized else {}
-    weights = {f"{layer}.weight" for layer in layers}
+    # What the container's own program quantizes, it gets dense.
+    solved = {} if SOLVERS[variant.solver.name].container else layers
+    weights = {f"{layer}.weight" for layer in solved}
     everything = [layer for part in parts_of(run, variant) for layer in part] if layers else []
     work = run.work("quantize", name)
-    changed = BlockFiles.read_dense(work) if layers else {}
+    changed = BlockFiles.read_dense(work) if solved else {}
 
     read = ReleasingReader(checkpoint)
 
@@ -190,14 +193,15 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     artifact = Artifact(
         config=config,
         dense=dense(),
-        quantized=BlockFiles.read_all(work, layers) if layers else (),
+        quantized=BlockFiles.read_all(work, layers) if solved else (),
         grid=run.grid(variant) if layers else None,
         layers=layers,
-        skipped=tuple(layer for layer in everything if f"{layer}.weight" not in weights),
+        skipped=tuple(layer for layer in everything if layer not in layers),
         outside=() if variant.solver.lm_head or not layers else tuple(run.walk.head()),
         options={
             **solver,
             "quantizer": f"quantize:{__version__}",
+            "device": str(run.device),
             "desc_act": solver["desc_act"] and solver["name"] == "gptq",
         },
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from quantize.solvers import gptq, none, rtn
+from quantize.solvers import bitsandbytes, gptq, none, rtn
 from quantize.solvers.base import LayerProblem, Solver, SolverOptions
 
 SOLVERS: dict[str, Solver] = {
     "none": none.SOLVER,
     "rtn": rtn.SOLVER,
     "gptq": gptq.SOLVER,
+    "llm_int8": bitsandbytes.LLM_INT8,
+    "nf4": bitsandbytes.NF4,
 }
 
 __all__ = ["SOLVERS", "LayerProblem", "Solver", "SolverOptions"]

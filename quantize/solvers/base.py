@@ -79,8 +79,13 @@ class Solver:
         quantizes: False for the pass-through that leaves weights as they are.
         needs_calibration: whether :attr:`LayerProblem.hessian` must be filled.
         solve: gives one :class:`QuantizedTensor` for each weight, in order.
+        container: the only container for what this solver stands for, whose program chooses the numbers as the artifact is
+            written; None where :attr:`solve` chooses them.
+        bits: the only bits there are; None where the recipe says.
     """
 
     quantizes: bool
     needs_calibration: bool
     solve: Callable[[LayerProblem], list[QuantizedTensor]]
+    container: str | None = None
+    bits: int | None = None

@@ -12,6 +12,8 @@ from quantize.config import RunConfig, VariantConfig, register_configs, validate
 from quantize.errors import InputError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+LLM_INT8 = ["solver=llm_int8", "variants.gptq.container=bitsandbytes"]
+NF4 = ["solver=nf4", "variants.gptq.container=bitsandbytes"]
 SHIPPED = sorted(file.stem for file in (RECIPES / "recipe").glob("*.yaml"))
 
 
@@ -60,6 +62,17 @@ def recipe(name: str, *overrides: str) -> RunConfig:
         (["solver.damp_percent=1"], ["solver.damp_percent=1", "(0, 1)"]),
         (["solver.damp_percent=nan"], ["solver.damp_percent=nan", "(0, 1)"]),
         (["solver.block_size=0"], ["solver.block_size=0", "128"]),
+        (["solver=llm_int8"], ["variants.gptq.container=gptq", "solver.name=llm_int8", "use bitsandbytes"]),
+        (["solver=nf4", "variants.gptq.container=safetensors"], ["container=safetensors", "use bitsandbytes"]),
+        (["variants.gptq.container=bitsandbytes"], ["variants.gptq.container=bitsandbytes", "solver.name=gptq", "use gptq"]),
+        (["solver=none", "variants.gptq.container=bitsandbytes"], ["container=bitsandbytes", "use safetensors"]),
+        ([*LLM_INT8, "solver.bits=4"], ["variants.gptq.solver.bits=4", "name=llm_int8", "use 8"]),
+        ([*NF4, "solver.bits=8"], ["variants.gptq.solver.bits=8", "name=nf4", "use 4"]),
+        ([*NF4, "solver.lm_head=true"], ["variants.gptq.solver.lm_head=true", "bitsandbytes", "use false"]),
+        ([*NF4, "solver.overrides=[{match: x, bits: 8}]"], ["variants.gptq.solver.overrides", "use []", "solver.skip"]),
+        (["solver.outlier_threshold=-1"], ["variants.gptq.solver.outlier_threshold=-1.0", "[0, inf)", "6.0"]),
+        (["solver.outlier_threshold=nan"], ["variants.gptq.solver.outlier_threshold=nan", "6.0"]),
+        (["solver.outlier_threshold=inf"], ["variants.gptq.solver.outlier_threshold=inf", "6.0"]),
         (["solver.skip=['(']"], ["variants.gptq.solver.skip", "'('", "regular expression"]),
     ],
 )
@@ -95,6 +108,8 @@ def test_a_variant_may_have_a_name_of_ones_own(name: str) -> None:
         ["calibration=text", "calibration.path=notes.txt"],
         ["solver.group_size=-1"],
         ["solver.skip=[down_proj]"],
+        [*LLM_INT8, "solver.outlier_threshold=0"],
+        [*NF4, "solver.double_quant=true", "solver.skip=[down_proj]"],
         ["stages=[evaluate,report]"],
     ],
 )
@@ -137,6 +152,8 @@ def test_every_solver_field_is_inherited() -> None:
         "true_sequential": "false",
         "block_size": "7",
         "skip": "[x]",
+        "outlier_threshold": "4.5",
+        "double_quant": "true",
     }
     config = recipe("gptq", "solver=rtn", *(f"solver.{key}={value}" for key, value in changed.items()))
     assert vars(config.variants["gptq"].solver) == vars(config.solver)
@@ -149,7 +166,7 @@ def test_a_variant_can_be_set_on_the_command_line() -> None:
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "gptq_ablation", "int8"]
+    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "gptq_ablation", "int8", "llm_int8", "nf4"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -166,6 +183,9 @@ def test_recipes_hold_what_they_promise() -> None:
     assert (large.solver.bits, large.solver.group_size, large.calibration.activations) == (4, 128, "disk")
     int8 = recipe("int8").variants["int8"].solver
     assert (int8.name, int8.bits, int8.group_size, int8.symmetric) == ("rtn", 8, -1, True)
+    for name, variant, bits in (("llm_int8", "llm-int8", 8), ("nf4", "nf4", 4)):
+        made = recipe(name).variants[variant]
+        assert (made.solver.name, made.solver.bits, made.container) == (name, bits, "bitsandbytes")
 
 
 def test_command_line_wins_over_the_recipe() -> None:
