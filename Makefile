@@ -46,7 +46,6 @@ profile-gptq: $(VENV)/.base  ## where GPTQ's time goes, part by part, against th
 	$(BIN)/python -m eval.profile_gptq $(ARGS)
 
 peers: $(VENV)/.base  ## what bench-gptq compares with; llm-compressor needs an environment of its own
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[peers]'
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'llmcompressor==0.14.*'
 

@@ -154,7 +154,7 @@ def missing(method: Method, setting: Setting) -> str | None:
     if version_of(method, setting) is None:
         return "not installed (make peers)"
     if method.package == "llmcompressor" and package_version("compressed-tensors", sys.executable) is None:
-        return "needs compressed-tensors to be loaded (make peers)"
+        return "needs compressed-tensors to be loaded (pip install -e .)"
     return None
 
 

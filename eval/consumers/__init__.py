@@ -9,7 +9,7 @@ CONSUMERS: dict[str, Consumer] = {
     "safetensors": transformers_model.CONSUMER,
     "gptq": transformers_model.CONSUMER,
     "bitsandbytes": bitsandbytes_model.CONSUMER,
-    "compressed-tensors": transformers_model.CONSUMER,  # llm-compressor's, for `make bench-gptq`; no container writes it
+    "compressed-tensors": transformers_model.CONSUMER,
 }
 
 __all__ = ["CONSUMERS", "Consumer"]

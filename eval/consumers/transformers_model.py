@@ -1,7 +1,5 @@
-"""Transformers as the consumer: FP16 directories as they are, GPTQ checkpoints through optimum and GPTQModel.
-
-llm-compressor's checkpoints (quant_method ``compressed-tensors``) are no container of this project; they are loaded so that
-``make bench-gptq`` can measure them like its own.
+"""Transformers as the consumer: dense directories as they are, GPTQ checkpoints through optimum and GPTQModel, and
+compressed-tensors checkpoints through the package of that name.
 
 GPTQ layers run on GPTQModel's plain torch kernel, which unpacks the codes and multiplies in the type of its input. It is
 chosen over the faster CPU kernel because that one computes in bfloat16 and would blur the comparison of variants.
