@@ -1,0 +1,173 @@
+"""Activations of a prefill, found by running the model's own forward on the meta device.
+
+Nothing is computed and nothing is stored, but every tensor has its size and its time of life. The peak is the largest sum of
+live tensors; for one Llama-like block it comes to the larger of (``n`` tokens, ``e`` bytes an element)::
+
+    logits   n * (hidden + vocabulary) * e
+    MLP      n * (2 * hidden + 3 * intermediate) * e         residual, norm; gate, up and their product
+    norm     n * (hidden * e + 3 * hidden * 4)               computed in float32
+
+but no such formula has to be trusted: a family's extra tensors (attention masks beyond a sliding window, eager attention's
+``n * n`` scores, capped logits, experts' sorted copies) are there because its code makes them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_LARGEST = 4  # live tensors that a trace names
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """A tensor that is alive at the peak: its shape, type and bytes of storage."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a prefill needs besides weights and the cache it leaves behind.
+
+    Attributes:
+        activation_bytes: peak of live tensors that are neither weights nor the KV cache. Cache that is replaced while its
+            successor exists already (a later chunk of a prefill) counts as long as both are there.
+        largest: the largest tensors alive then, largest first.
+        cache: the cache object after the prefill, of meta tensors.
+    """
+
+    activation_bytes: int
+    largest: tuple[LiveTensor, ...]
+    cache: Any
+
+
+class _Lives(TorchDispatchMode):
+    """Notes when each storage that an operation returns begins and ends to exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[int, int, LiveTensor | None]] = []  # a storage's number, bytes gained, what it holds
+        self._numbers: dict[int, int] = {}  # address of a living storage to its number
+        self._references: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default:  # its meta kernel refuses types that the real ones take
+            result = args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        else:
+            result = func(*args, **(kwargs or {}))
+        self.see(leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor))
+        return result
+
+    def see(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The numbers of the tensors' storages; those not seen before begin to exist now."""
+        return {self._number(tensor) for tensor in tensors}
+
+    def _number(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self._numbers:
+            number = len(self.events)
+
+            def gone(_: Any) -> None:
+                del self._numbers[address], self._references[number]
+                self.events.append((number, -size, None))
+
+            self._numbers[address] = number
+            self._references[number] = weakref.ref(storage, gone)
+            shown = LiveTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), size)
+            self.events.append((number, size, shown))
+        return self._numbers[address]
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Scaled dot product attention as its fused kernels do it: an output, one number a row, and no matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, _, value = args[:3] if len(args) > 2 else (kwargs["query"], kwargs["key"], kwargs["value"])
+        batch, heads, tokens, _ = query.shape
+        normalizer = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        del normalizer
+        return output
+
+
+def trace_prefill(
+    model: nn.Module, make_cache: Callable[[], Any], context: int, batch: int, *, chunk: int | None = None, last: bool = False
+) -> Trace:
+    """Follow a prefill of ``batch`` sequences of ``context`` tokens.
+
+    Args:
+        model: causal language model of transformers on the meta device, in the type that it computes in.
+        make_cache: gives an empty KV cache.
+        context: tokens of a sequence.
+        batch: sequences.
+        chunk: tokens in one forward; the last one, which has the most cache before it, is followed. None: all in one.
+        last: logits of the last position only, as ``generate`` asks for, instead of all.
+    """
+    keep = {"logits_to_keep": 1} if last else {}
+    cache = make_cache()
+    tokens = min(chunk or context, context)
+    with torch.inference_mode(), _FusedAttention():
+        if context > tokens:
+            with _Lives():  # for its stand-ins of operations that have no meta kernel
+                model(input_ids=_ids(batch, context - tokens), past_key_values=cache, use_cache=True, **keep)
+        ids, lives = _ids(batch, tokens), _Lives()
+        weights = lives.see([*model.parameters(), *model.buffers(), ids])
+        cached = lives.see(_cached(cache))
+        with lives:
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+        cached |= lives.see(_cached(cache))
+        events = list(lives.events)  # before the logits go
+        del output
+    final = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _cached(cache)}.values())
+    peak, largest = _replay(events, weights, cached, final)
+    return Trace(peak, largest, cache)
+
+
+def _replay(
+    events: Sequence[tuple[int, int, LiveTensor | None]], weights: set[int], cached: set[int], final: int
+) -> tuple[int, tuple[LiveTensor, ...]]:
+    """The peak of what is neither a weight nor ``final`` bytes of cache, and the largest tensors alive then."""
+    live: dict[int, LiveTensor] = {}
+    running = cache = peak = 0
+    at_peak: list[LiveTensor] = []
+    for number, size, shown in events:
+        if number in weights or size == 0:
+            continue
+        if number in cached:
+            cache += size
+        else:
+            running += size
+            if shown is None:
+                live.pop(number)
+            else:
+                live[number] = shown
+        total = running + max(0, cache - final)
+        if total > peak:
+            peak, at_peak = total, list(live.values())
+    return peak, tuple(sorted(at_peak, key=lambda item: -item.bytes)[:_LARGEST])
+
+
+def _ids(batch: int, tokens: int) -> Tensor:
+    return torch.zeros(batch, tokens, dtype=torch.int64, device="meta")
+
+
+def _cached(cache: Any) -> Iterable[Tensor]:
+    for layer in cache.layers:
+        if getattr(layer, "is_initialized", False):
+            yield layer.keys
+            yield layer.values
