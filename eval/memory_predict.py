@@ -180,9 +180,6 @@ class Predictor:
         """
         dtype = self.dtype(spec)
         element = KV_BYTES[self._kv_dtype or dtype]
-        # transformers slices a sliding layer's cache, and a slice keeps the tensor that it is taken from.
-        chunk = (self._chunk or context) if self.runtime == "transformers" else None
-        held = sum(layer.elements_per_token * layer.tokens(context, chunk) for layer in self.geometry.cache)
         stored = self._stored(spec)
         activations = self._trace(spec, context, batch)
         return MemoryPrediction(
@@ -194,10 +191,17 @@ class Predictor:
             stored=stored,
             resident=self._resident(spec, stored),
             kv_bytes_per_token=math.ceil(sum(layer.elements_per_token for layer in self.geometry.cache) * element),
-            kv_bytes=math.ceil(held * batch * element),
+            kv_bytes=self.kv_bytes(spec, context, batch),
             activation_bytes=activations.activation_bytes,
             largest=activations.largest,
         )
+
+    def kv_bytes(self, spec: VariantSpec, context: int, batch: int) -> int:
+        """Bytes of the KV cache at the end of the prefill."""
+        # transformers slices a sliding layer's cache, and a slice keeps the tensor that it is taken from.
+        chunk = (self._chunk or context) if self.runtime == "transformers" else None
+        held = sum(layer.elements_per_token * layer.tokens(context, chunk) for layer in self.geometry.cache)
+        return math.ceil(held * batch * KV_BYTES[self._kv_dtype or self.dtype(spec)])
 
     def dtype(self, spec: VariantSpec) -> str:
         """Name of the type of dense tensors and arithmetic: the variant's, else the checkpoint's, else float16."""
@@ -227,7 +231,7 @@ class Predictor:
         if spec.container == "gptq":
             for (rows, columns), count in self.geometry.layers.items():
                 zeros = _groups(spec, columns) * rows * code_dtype(spec.bits).itemsize
-                shifts = 2 * (32 // spec.bits) * 4
+                shifts = 32 // spec.bits * 4  # a table of shift widths, int32
                 resident += Weights(unpacked=zeros + columns * 8, dense=shifts).times(count)
         return resident
 
@@ -315,15 +319,15 @@ CONTAINERS: dict[str, Callable[[VariantSpec, int, int, int], Weights]] = {
 }
 
 
-def variants(group_size: int = 64) -> tuple[VariantSpec, ...]:
-    """The variants of the table; ``group_size`` is int4's."""
+def variants(group_size: int = 64, dtype: str | None = None) -> tuple[VariantSpec, ...]:
+    """The variants of the table; ``group_size`` is int4's, ``dtype`` that of the quantized ones' other tensors."""
     return (
         VariantSpec("fp32", dtype="float32"),
         VariantSpec("fp16", dtype="float16"),
         VariantSpec("bf16", dtype="bfloat16"),
-        VariantSpec("int8", "pack-quantized", bits=8),
-        VariantSpec("int8-dynamic", "int-quantized", bits=8, int8_inputs=True),
-        VariantSpec("int4", "gptq", bits=4, group_size=group_size, symmetric=False),
-        VariantSpec("nf4", "nf4", bits=4, group_size=64),
-        VariantSpec("llm-int8", "llm-int8", bits=8),
+        VariantSpec("int8", "pack-quantized", bits=8, dtype=dtype),
+        VariantSpec("int8-dynamic", "int-quantized", bits=8, dtype=dtype, int8_inputs=True),
+        VariantSpec("int4", "gptq", bits=4, group_size=group_size, symmetric=False, dtype=dtype),
+        VariantSpec("nf4", "nf4", bits=4, group_size=64, dtype=dtype),
+        VariantSpec("llm-int8", "llm-int8", bits=8, dtype=dtype),
     )
