@@ -24,18 +24,9 @@ from rich import box
 from rich.table import Table
 
 from eval.bench_process import table_console
+from eval.memory_containers import VariantSpec, Weights, variants
 from eval.memory_geometry import load_config
-from eval.memory_predict import (
-    DTYPES,
-    KV_BYTES,
-    RUNTIMES,
-    MemoryPrediction,
-    Predictor,
-    VariantSpec,
-    Weights,
-    predict,
-    variants,
-)
+from eval.memory_predict import DTYPES, KV_BYTES, RUNTIMES, MemoryPrediction, Predictor, predict
 from quantize.errors import InputError
 from quantize.files import write_json
 from quantize.logs import quiet_libraries, setup_logging
@@ -221,8 +212,8 @@ def render(figures: dict[str, Any]) -> Table:
     limit = figures["max_tokens"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.title = (
-        f"{figures['model']}: {figures['parameters']:,} parameters; context {figures['context']:,} x batch {figures['batch']:,} "
-        f"in {show_bytes(figures['memory_bytes'])} ({figures['memory_source']})"
+        f"{figures['model']}: {figures['parameters']:,} parameters; context {figures['context']:,} x batch "
+        f"{figures['batch']:,} in {show_bytes(figures['memory_bytes'])} ({figures['memory_source']})"
     )
     titles = ("weights", "scales\nzeros", "embed-\ndings", "other", "KV a\ntoken", "KV", "activa-\ntions", "peak")
     table.add_column("variant")

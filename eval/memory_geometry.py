@@ -100,7 +100,9 @@ def load_config(model: str) -> Any:
             raise InputError(f"model={model}: config.json has no model_type; it is not a transformers model")
         source = path
     elif path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise InputError(f"model={model} is no model; give a directory with config.json, a .gguf file or a hub id like owner/name")
+        raise InputError(
+            f"model={model} is no model; give a directory with config.json, a .gguf file or a hub id like owner/name"
+        )
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except Exception as error:  # config classes check their values by whatever their arithmetic raises

@@ -12,26 +12,25 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
 
 from eval.bench_process import PROJECT, table_console
 from eval.consumers import CONSUMERS
-from eval.memory_geometry import Geometry, load_config
-from eval.memory_predict import MemoryPrediction, Predictor, VariantSpec, Weights
+from eval.memory_compare import compare, predict_artifact, render
+from eval.memory_containers import Weights
+from eval.memory_geometry import Geometry, geometry, load_config
 from eval.perplexity import container_of
 from quantize.config import LOG_LEVELS
 from quantize.errors import InputError
@@ -50,55 +49,23 @@ _EXPERT_PARTS = (".gate_up_proj", ".down_proj")
 LOGITS = ("all", "last")
 
 
-def spec_of(artifact: Path) -> VariantSpec:
-    """The variant that an artifact directory is, by its config.
-
-    Raises:
-        InputError: it is in no container that this project knows, or the layers of the checkpoint are on several grids.
-    """
-    container = container_of(artifact)
-    config = read_json(artifact / "config.json")
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if container == "safetensors":
-        return VariantSpec(artifact.name, dtype=dtype)
-    quantization = config["quantization_config"]
-    if container == "gptq":
-        if any(not pattern.startswith("-:") for pattern in quantization.get("dynamic") or {}):
-            raise InputError(f"{artifact} has layers on several grids; the memory report compares checkpoints with one")
-        symmetric = bool(quantization.get("sym", True))
-        return VariantSpec(artifact.name, "gptq", quantization["bits"], quantization["group_size"], symmetric, dtype)
-    groups = list(quantization["config_groups"].values())
-    if len(groups) != 1:
-        raise InputError(f"{artifact} has {len(groups)} config_groups; the memory report compares checkpoints with one")
-    weights = groups[0]["weights"]
-    return VariantSpec(
-        name=artifact.name,
-        container=groups[0].get("format") or quantization["format"],
-        bits=weights["num_bits"],
-        group_size=weights.get("group_size") or -1,
-        symmetric=weights["symmetric"],
-        dtype=dtype,
-        int8_inputs=groups[0].get("input_activations") is not None,
-    )
-
-
-def kind_of(name: str, geometry: Geometry) -> str:
-    """The field of :class:`~eval.memory_predict.Weights` that a tensor belongs to, by its name."""
+def kind_of(name: str, shapes: Geometry) -> str:
+    """The field of :class:`~eval.memory_containers.Weights` that a tensor belongs to, by its name."""
     module, _, leaf = name.rpartition(".")
-    if any(module == known or known.endswith(f".{module}") for known in geometry.embedding_names):
+    if any(module == known or known.endswith(f".{module}") for known in shapes.embedding_names):
         return "embeddings"
-    if module in geometry.layer_names or ".experts." in name:
+    if module in shapes.layer_names or ".experts." in name:
         if name.endswith(_EXPERT_PARTS):
             return "codes"
         return next((kind for kind, leaves in _KINDS.items() if leaf in leaves), "dense")
     return "dense"
 
 
-def add_up(sizes: Iterable[tuple[str, int]], geometry: Geometry) -> Weights:
+def add_up(sizes: Iterable[tuple[str, int]], shapes: Geometry) -> Weights:
     """Bytes by kind of ``(tensor name, bytes)``."""
     total = Weights()
     for name, size in sizes:
-        total += Weights(**{kind_of(name, geometry): size})
+        total += Weights(**{kind_of(name, shapes): size})
     return total
 
 
@@ -120,17 +87,24 @@ def stored_sizes(artifact: Path) -> dict[str, int]:
     return sizes
 
 
-def resident_sizes(model: Any) -> dict[str, int]:
-    """Bytes of every parameter and buffer of a loaded model, by name; storage that several share counts once."""
-    seen: dict[int, tuple[str, int]] = {}
+def storages(model: Any) -> dict[int, tuple[str, Any]]:
+    """Storage of every parameter and buffer of a loaded model, by address, with a name; what several share is there once."""
+    found: dict[int, tuple[str, Any]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        storage = tensor.untyped_storage()
-        seen.setdefault(storage.data_ptr(), (name, storage.nbytes()))
-    return dict(seen.values())
+        found.setdefault(tensor.untyped_storage().data_ptr(), (name, tensor.untyped_storage()))
+    return found
+
+
+def add_up_storages(found: dict[int, tuple[str, Any]], shapes: Geometry) -> Weights:
+    """Bytes by kind of what :func:`storages` found."""
+    return add_up(((name, storage.nbytes()) for name, storage in found.values()), shapes)
 
 
 def allocated(work: Callable[[], Any], device: str) -> tuple[Any, int, int]:
-    """Run ``work``; its result, the peak of bytes allocated while it ran, and how many of them remain at its end."""
+    """Run ``work``; its result, the peak of bytes allocated while it ran, and bytes it allocated that remain at its end.
+
+    On CUDA the last figure is less by what was there before and is gone.
+    """
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,23 +113,45 @@ def allocated(work: Callable[[], Any], device: str) -> tuple[Any, int, int]:
         return result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = work()
-    changes: list[tuple[int, int]] = []
-    pending = list(profile.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    changes: list[tuple[int, int, int]] = []
+    pending = list(profile.profiler.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending.extend(event.children)
         if str(event.tag) == "_EventType.Allocation":
-            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
     running = peak = 0
-    for _, size in sorted(changes, key=lambda change: change[0]):
+    alive: dict[int, int] = {}
+    for _, address, size in sorted(changes, key=lambda change: change[0]):
         running += size
         peak = max(peak, running)
-    return result, peak, running
+        if size > 0:
+            alive[address] = size
+        else:
+            alive.pop(address, None)
+    return result, peak, sum(alive.values())
+
+
+def unpacked_bytes(model: Any, work: Callable[[], Any], device: str) -> int:
+    """Bytes that the first forward, ``work``, leaves behind outside the model's parameters and buffers."""
+    before = storages(model)
+    sizes = {address: storage.nbytes() for address, (_, storage) in before.items()}
+    references = [weakref.ref(storage) for _, storage in before.values()]
+    before.clear()
+    _, _, kept = allocated(work, device)
+    after = storages(model)
+    new: int = sum(storage.nbytes() for address, (_, storage) in after.items() if address not in sizes)
+    alive = [storage for reference in references if (storage := reference()) is not None]
+    replaced: int = sum(storage.nbytes() for storage in alive if storage.data_ptr() not in after)
+    if device.startswith("cuda"):
+        gone: int = sum(sizes.values()) - sum(storage.nbytes() for storage in alive)
+        return max(0, kept - new + gone + replaced)
+    return max(0, kept - new + replaced)
 
 
 def measure_here(artifact: Path, context: int, batch: int, *, logits: str = "all", device: str = "cpu") -> dict[str, Any]:
     """Measure in this process; see :func:`measure`."""
-    predictor_geometry = Predictor(load_config(str(artifact))).geometry
+    shapes = geometry(load_config(str(artifact)))
     reset_peak_rss()
     loaded = CONSUMERS[container_of(artifact)].load(artifact, device)
     model: Any = loaded.model  # type: ignore[attr-defined]
@@ -172,11 +168,9 @@ def measure_here(artifact: Path, context: int, batch: int, *, logits: str = "all
     def prefill() -> Any:
         return model(input_ids=ids, use_cache=True, **keep)
 
-    before = add_up(resident_sizes(model).items(), predictor_geometry)
-    _, _, kept = allocated(warm_up, device)
-    resident = add_up(resident_sizes(model).items(), predictor_geometry)
-    # What the first forward left behind is in parameters and buffers, or else the program's own.
-    unpacked = max(0, kept - (resident.total - before.total))
+    before = add_up_storages(storages(model), shapes)
+    unpacked = unpacked_bytes(model, warm_up, device)
+    resident = add_up_storages(storages(model), shapes)
     output, peak, _ = allocated(prefill, device)
     layers = [layer for layer in output.past_key_values.layers if layer.is_initialized]
     cache = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
@@ -189,7 +183,7 @@ def measure_here(artifact: Path, context: int, batch: int, *, logits: str = "all
         "context": context,
         "batch": batch,
         "logits": logits,
-        "stored": vars(add_up(stored_sizes(artifact).items(), predictor_geometry)),
+        "stored": vars(add_up(stored_sizes(artifact).items(), shapes)),
         "loaded": vars(before),
         "resident": vars(resident + Weights(unpacked=unpacked)),
         "kv_bytes": held,
@@ -212,7 +206,7 @@ def measure(artifact: Path, context: int, batch: int, *, logits: str = "all", de
 
     Returns:
         In bytes: ``stored`` (tensors on disk), ``loaded`` (parameters and buffers once loaded) and ``resident`` (after the
-        first forward, with what it left behind), each by the fields of :class:`~eval.memory_predict.Weights`; ``kv_bytes``
+        first forward, with what it left behind), each by the fields of :class:`~eval.memory_containers.Weights`; ``kv_bytes``
         (storage of the cache after the prefill), ``kv_window_bytes`` (its tensors, which see a part of it once a sliding
         window is full), ``activation_bytes`` (peak besides both), ``peak_bytes``, and ``peak_rss_bytes`` of the process.
 
@@ -230,40 +224,6 @@ def measure(artifact: Path, context: int, batch: int, *, logits: str = "all", de
             return dict(read_json(output))
     last = (result.stderr.strip().splitlines() or ["no output"])[-1]
     raise InputError(f"measuring {artifact} failed: {last.removeprefix('ERROR: ')}")
-
-
-def predict_artifact(artifact: Path, context: int, batch: int, logits: str = "all") -> MemoryPrediction:
-    """The prediction for an artifact, from its config alone, as transformers runs it."""
-    config = load_config(str(artifact))
-    return Predictor(config, runtime="transformers", logits=logits).predict(spec_of(artifact), context, batch)
-
-
-def compare(prediction: MemoryPrediction, measured: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:
-    """Rows ``(what, predicted, measured, difference)``, the difference as a part of what was measured; empty rows left out."""
-    pairs = [
-        *((f"on disk: {kind}", size, measured["stored"][kind]) for kind, size in vars(prediction.stored).items()),
-        *((f"resident: {kind}", size, measured["resident"][kind]) for kind, size in vars(prediction.resident).items()),
-        ("KV cache", prediction.kv_bytes, measured["kv_bytes"]),
-        ("activations", prediction.activation_bytes, measured["activation_bytes"]),
-        ("peak", prediction.peak_bytes, measured["peak_bytes"]),
-    ]
-    return [
-        (what, predicted, found, (predicted - found) / found if found else float("inf"))
-        for what, predicted, found in pairs
-        if predicted or found
-    ]
-
-
-def render(rows: Mapping[str, list[tuple[str, int, int, float]]]) -> Table:
-    """The comparison of several artifacts, by name."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("artifact", "bytes of", "predicted", "measured", "difference"):
-        table.add_column(title, justify="left" if title in ("artifact", "bytes of") else "right")
-    for name, lines in rows.items():
-        for index, (what, predicted, found, difference) in enumerate(lines):
-            table.add_row("" if index else name, what, f"{predicted:,}", f"{found:,}", f"{difference:+.2%}")
-        table.add_section()
-    return table
 
 
 def main(arguments: list[str] | None = None) -> int:

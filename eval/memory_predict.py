@@ -8,81 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from eval.memory_containers import CONTAINERS, VariantSpec, Weights, groups
 from eval.memory_geometry import Geometry, block_path, first_blocks, geometry, skeleton, trace
 from eval.memory_kernels import code_dtype, put_kernels
 from eval.memory_trace import LiveTensor, Trace
 from quantize.errors import InputError
-from quantize.grids import Grid
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Elements of a KV cache; of a quantized one the codes alone, its scales add 2 or 4 bytes to each group of them.
 KV_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
 RUNTIMES = ("packed", "transformers")
-
-
-@dataclass(frozen=True)
-class VariantSpec:
-    """A variant, as far as its memory is concerned.
-
-    Attributes:
-        name: as the table shows it.
-        container: ``safetensors`` (not quantized), ``gptq``, ``int-quantized`` or ``pack-quantized`` (both of
-            compressed-tensors), ``nf4`` or ``llm-int8`` (both of bitsandbytes).
-        bits: of a code.
-        group_size: input columns that share a scale; -1 for the whole row. nf4: weights that share one, across rows.
-        symmetric: no zero points besides those the container has anyway.
-        dtype: of dense tensors and of arithmetic; None: the checkpoint's.
-        int8_inputs: the layers' inputs are rounded to int8 (W8A8).
-    """
-
-    name: str
-    container: str = "safetensors"
-    bits: int = 16
-    group_size: int = -1
-    symmetric: bool = True
-    dtype: str | None = None
-    int8_inputs: bool = False
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of a model's tensors, by what they are.
-
-    Attributes:
-        codes: the matrices inside the blocks: codes, or values where they are not quantized.
-        scales: their scales.
-        zeros: their zero points.
-        g_idx: the group of each of their input columns.
-        embeddings: token embedding and ``lm_head``, once where they are tied.
-        dense: all the rest: norms, biases, routers, tables.
-        unpacked: what the program keeps beside them: GPTQModel's torch kernel its unpacked zero points and 64-bit ``g_idx``.
-    """
-
-    codes: int = 0
-    scales: int = 0
-    zeros: int = 0
-    g_idx: int = 0
-    embeddings: int = 0
-    dense: int = 0
-    unpacked: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
-
-    def __add__(self, other: Weights) -> Weights:
-        return Weights(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
-
-    def times(self, count: int) -> Weights:
-        """As many bytes ``count`` times."""
-        return Weights(*(getattr(self, field.name) * count for field in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
@@ -225,12 +165,10 @@ class Predictor:
         if self.runtime != "transformers":
             return resident
         if spec.container in ("int-quantized", "pack-quantized"):  # a CPU computes with the unpacked weight
-            return dataclasses.replace(
-                resident, codes=self.geometry.quantized * DTYPES[self.dtype(spec)].itemsize, dense=resident.dense
-            )
+            return dataclasses.replace(resident, codes=self.geometry.quantized * DTYPES[self.dtype(spec)].itemsize)
         if spec.container == "gptq":
             for (rows, columns), count in self.geometry.layers.items():
-                zeros = _groups(spec, columns) * rows * code_dtype(spec.bits).itemsize
+                zeros = groups(spec, columns) * rows * code_dtype(spec.bits).itemsize
                 shifts = 32 // spec.bits * 4  # a table of shift widths, int32
                 resident += Weights(unpacked=zeros + columns * 8, dense=shifts).times(count)
         return resident
@@ -262,72 +200,3 @@ class Predictor:
         if spec.container in ("nf4", "llm-int8"):
             return {"nf4": "dequantize", "llm-int8": "llm-int8"}[spec.container]
         return "int8" if spec.int8_inputs else None
-
-
-def _groups(spec: VariantSpec, columns: int) -> int:
-    return 1 if spec.group_size == -1 else columns // spec.group_size
-
-
-def _dense(_: VariantSpec, rows: int, columns: int, element: int) -> Weights:
-    return Weights(codes=rows * columns * element)
-
-
-def _gptq(spec: VariantSpec, rows: int, columns: int, _: int) -> Weights:
-    """``exports.gptq``: codes and zero points packed into int32, float16 scales, an int32 for each column."""
-    Grid(spec.bits, spec.group_size).check_divides(f"a layer of shape [{rows}, {columns}]", columns)
-    groups = _groups(spec, columns)
-    return Weights(
-        codes=columns * spec.bits // 32 * 4 * rows,
-        scales=groups * rows * 2,
-        zeros=groups * (rows * spec.bits // 32 * 4),
-        g_idx=columns * 4,
-    )
-
-
-def _int_quantized(spec: VariantSpec, rows: int, columns: int, element: int) -> Weights:
-    """compressed-tensors: a code a byte."""
-    return Weights(codes=rows * columns, scales=_groups(spec, columns) * rows * element)
-
-
-def _pack_quantized(spec: VariantSpec, rows: int, columns: int, element: int) -> Weights:
-    """compressed-tensors: rows of codes packed into int32, and the shape in two int64."""
-    Grid(spec.bits, spec.group_size).check_divides(f"a layer of shape [{rows}, {columns}]", columns)
-    groups = _groups(spec, columns)
-    zeros = 0 if spec.symmetric else math.ceil(rows * spec.bits / 32) * 4 * groups
-    return Weights(
-        codes=rows * math.ceil(columns * spec.bits / 32) * 4, scales=groups * rows * element, zeros=zeros, dense=2 * 8
-    )
-
-
-def _nf4(spec: VariantSpec, rows: int, columns: int, _: int) -> Weights:
-    """bitsandbytes: two codes a byte, a float32 maximum for each block of weights, and the 16 values (QLoRA, section 3)."""
-    return Weights(codes=math.ceil(rows * columns / 2), scales=math.ceil(rows * columns / spec.group_size) * 4, dense=16 * 4)
-
-
-def _llm_int8(_: VariantSpec, rows: int, columns: int, __: int) -> Weights:
-    """bitsandbytes: ``CB``, a code a byte, and ``SCB``, a float32 for each row."""
-    return Weights(codes=rows * columns, scales=rows * 4)
-
-
-CONTAINERS: dict[str, Callable[[VariantSpec, int, int, int], Weights]] = {
-    "safetensors": _dense,
-    "gptq": _gptq,
-    "int-quantized": _int_quantized,
-    "pack-quantized": _pack_quantized,
-    "nf4": _nf4,
-    "llm-int8": _llm_int8,
-}
-
-
-def variants(group_size: int = 64, dtype: str | None = None) -> tuple[VariantSpec, ...]:
-    """The variants of the table; ``group_size`` is int4's, ``dtype`` that of the quantized ones' other tensors."""
-    return (
-        VariantSpec("fp32", dtype="float32"),
-        VariantSpec("fp16", dtype="float16"),
-        VariantSpec("bf16", dtype="bfloat16"),
-        VariantSpec("int8", "pack-quantized", bits=8, dtype=dtype),
-        VariantSpec("int8-dynamic", "int-quantized", bits=8, dtype=dtype, int8_inputs=True),
-        VariantSpec("int4", "gptq", bits=4, group_size=group_size, symmetric=False, dtype=dtype),
-        VariantSpec("nf4", "nf4", bits=4, group_size=64, dtype=dtype),
-        VariantSpec("llm-int8", "llm-int8", bits=8, dtype=dtype),
-    )

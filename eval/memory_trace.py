@@ -52,11 +52,11 @@ class Trace:
     cache: Any
 
 
-class _Lives(TorchDispatchMode):
+class _Lives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes when each storage that an operation returns begins and ends to exist."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[int, int, LiveTensor | None]] = []  # a storage's number, bytes gained, what it holds
         self._numbers: dict[int, int] = {}  # address of a living storage to its number
         self._references: dict[int, Any] = {}
