@@ -126,6 +126,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     except Exception as error:  # impossible sizes show as whatever the model's own arithmetic raises
         raise InputError(f"no causal language model can be built from the config ({one_line(error)})") from error
+    # A model that knows its padding looks for it among the tokens, to warn; there are none to look at.
+    model.config.pad_token_id = None
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -32,6 +32,7 @@ from eval.memory_compare import compare, predict_artifact, render
 from eval.memory_containers import Weights
 from eval.memory_geometry import Geometry, geometry, load_config
 from eval.perplexity import container_of
+from quantize.blocks import RENAMED
 from quantize.config import LOG_LEVELS
 from quantize.errors import InputError
 from quantize.files import read_json, write_json
@@ -51,8 +52,8 @@ LOGITS = ("all", "last")
 
 def kind_of(name: str, shapes: Geometry) -> str:
     """The field of :class:`~eval.memory_containers.Weights` that a tensor belongs to, by its name."""
-    module, _, leaf = name.rpartition(".")
-    if any(module == known or known.endswith(f".{module}") for known in shapes.embedding_names):
+    module, _, leaf = RENAMED.get(name, name).rpartition(".")
+    if leaf == "weight" and any(module == known or known.endswith(f".{module}") for known in shapes.embedding_names):
         return "embeddings"
     if module in shapes.layer_names or ".experts." in name:
         if name.endswith(_EXPERT_PARTS):

@@ -180,9 +180,8 @@ class Predictor:
         if at not in self._traces:
             if key not in self._models:
                 self._models[key] = self._model(spec, kernel)
-            self._traces[at] = trace(
-                self._models[key], self.geometry.config, context, batch, chunk=self._chunk, last=self._last
-            )
+            options = {"chunk": self._chunk, "last": self._last, "cpu": self.runtime == "transformers"}
+            self._traces[at] = trace(self._models[key], self.geometry.config, context, batch, **options)
         return self._traces[at]
 
     def _model(self, spec: VariantSpec, kernel: str | None) -> torch.nn.Module:

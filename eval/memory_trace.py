@@ -91,22 +91,51 @@ class _Lives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Scaled dot product attention as its fused kernels do it: an output, one number a row, and no matrix of scores."""
+    """Scaled dot product attention as its fused kernels do it: an output, one number a row, and no matrix of scores.
+
+    A mask of booleans becomes one of numbers first. Where keys have to be repeated for the queries' heads by broadcasting, no
+    fused kernel takes them, and the scores are there as in plain arithmetic. A CPU's kernel has buffers for each thread.
+    """
+
+    def __init__(self, cpu: bool) -> None:
+        super().__init__()
+        self._threads = torch.get_num_threads() if cpu else 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        query, _, value = args[:3] if len(args) > 2 else (kwargs["query"], kwargs["key"], kwargs["value"])
+        named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        query, value, mask = named["query"], named["value"], named.get("attn_mask")
         batch, heads, tokens, _ = query.shape
+        if named["key"].shape[1] != heads and not named.get("enable_gqa"):
+            scores = torch.ops.aten._scaled_dot_product_attention_math
+            return scores(query, named["key"], value, mask, is_causal=named.get("is_causal", False))[0]
+        numbers = query.new_empty(mask.shape) if mask is not None and mask.dtype == torch.bool else None
         normalizer = query.new_empty(batch, heads, tokens, dtype=torch.float32)
         output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-        del normalizer
+        buffers = query.new_empty(self._threads * _buffer_bytes(query, named["key"]), dtype=torch.uint8)
+        del normalizer, numbers, buffers
         return output
 
 
+def _buffer_bytes(query: Tensor, key: Tensor) -> int:
+    """What a thread of torch's CPU kernel works in (``cpu_flash_attention``): a tile's scores, its sums and its output."""
+    rows = next(size for least, size in ((768, 256), (192, 64), (0, 32)) if query.shape[2] >= least)
+    rows, columns = min(rows, query.shape[2]), min(512, key.shape[2])
+    copy = rows * columns * query.itemsize if query.itemsize < 4 else 0  # of the scores, in the inputs' type
+    return 4 * rows * (columns + 2 + query.shape[3]) + copy
+
+
 def trace_prefill(
-    model: nn.Module, make_cache: Callable[[], Any], context: int, batch: int, *, chunk: int | None = None, last: bool = False
+    model: nn.Module,
+    make_cache: Callable[[], Any],
+    context: int,
+    batch: int,
+    *,
+    chunk: int | None = None,
+    last: bool = False,
+    cpu: bool = False,
 ) -> Trace:
     """Follow a prefill of ``batch`` sequences of ``context`` tokens.
 
@@ -117,11 +146,12 @@ def trace_prefill(
         batch: sequences.
         chunk: tokens in one forward; the last one, which has the most cache before it, is followed. None: all in one.
         last: logits of the last position only, as ``generate`` asks for, instead of all.
+        cpu: count the buffers of a CPU's attention kernel, for as many threads as torch has in this process.
     """
     keep = {"logits_to_keep": 1} if last else {}
     cache = make_cache()
     tokens = min(chunk or context, context)
-    with torch.inference_mode(), _FusedAttention():
+    with torch.inference_mode(), _FusedAttention(cpu):
         if context > tokens:
             with _Lives():  # for its stand-ins of operations that have no meta kernel
                 model(input_ids=_ids(batch, context - tokens), past_key_values=cache, use_cache=True, **keep)
