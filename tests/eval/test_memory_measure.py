@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from eval.memory_compare import compare, predict_artifact, render, spec_of
 from eval.memory_containers import VariantSpec
 from eval.memory_measure import allocated, main, measure, measure_here
 from quantize.errors import InputError
-from tests.conftest import MakeCheckpoint
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,
@@ -66,7 +65,7 @@ def agrees(rows: Iterable[tuple[str, int, int, float]], tolerance: float = TOLER
 def test_families_need_what_is_predicted(
     config: PretrainedConfig,
     logits: str,
-    make_checkpoint: MakeCheckpoint,
+    make_checkpoint: Callable[..., Path],
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
 ) -> None:
