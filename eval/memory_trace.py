@@ -1,11 +1,10 @@
 """Activations of a prefill, found by running the model's own forward on the meta device.
 
 Nothing is computed and nothing is stored, but every tensor has its size and its time of life. The peak is the largest sum of
-live tensors; for one Llama-like block it comes to the larger of (``n`` tokens, ``e`` bytes an element)::
+live tensors; for a Llama it comes to about the larger of (``n`` tokens, ``e`` bytes an element)::
 
     logits   n * (hidden + vocabulary) * e
-    MLP      n * (2 * hidden + 3 * intermediate) * e         residual, norm; gate, up and their product
-    norm     n * (hidden * e + 3 * hidden * 4)               computed in float32
+    MLP      n * (4 * hidden + 3 * intermediate) * e    embeddings, input, residual, norm; gate, up and their product
 
 but no such formula has to be trusted: a family's extra tensors (attention masks beyond a sliding window, eager attention's
 ``n * n`` scores, capped logits, experts' sorted copies) are there because its code makes them.
@@ -151,7 +150,8 @@ def trace_prefill(
     keep = {"logits_to_keep": 1} if last else {}
     cache = make_cache()
     tokens = min(chunk or context, context)
-    with torch.inference_mode(), _FusedAttention(cpu):
+    # Not inference mode: there, composite operations arrive whole, and what they allocate inside would not be seen.
+    with torch.no_grad(), _FusedAttention(cpu):
         if context > tokens:
             with _Lives():  # for its stand-ins of operations that have no meta kernel
                 model(input_ids=_ids(batch, context - tokens), past_key_values=cache, use_cache=True, **keep)
