@@ -163,7 +163,7 @@ def report(config: MemoryConfig) -> dict[str, Any]:
     Raises:
         InputError: the model's config is not usable, or a variant does not exist for its shapes.
     """
-    memory, source = (parse_bytes(config.memory), "memory=") if config.memory else available_memory()
+    memory, source = (parse_bytes(config.memory), "as given") if config.memory else available_memory()
     predictor = Predictor(
         load_config(config.model),
         runtime=config.runtime,

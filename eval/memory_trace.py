@@ -56,7 +56,8 @@ class _Lives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.events: list[tuple[int, int, LiveTensor | None]] = []  # a storage's number, bytes gained, what it holds
+        self.events: list[tuple[int, int]] = []  # a storage's number, bytes gained
+        self.shown: dict[int, LiveTensor] = {}  # each storage, by number, in the last shape that shows all of it
         self._numbers: dict[int, int] = {}  # address of a living storage to its number
         self._references: dict[int, Any] = {}
 
@@ -80,12 +81,14 @@ class _Lives(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
             def gone(_: Any) -> None:
                 del self._numbers[address], self._references[number]
-                self.events.append((number, -size, None))
+                self.events.append((number, -size))
 
             self._numbers[address] = number
             self._references[number] = weakref.ref(storage, gone)
+            self.events.append((number, size))
+        if tensor.numel() * tensor.itemsize == size:
             shown = LiveTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), size)
-            self.events.append((number, size, shown))
+            self.shown[self._numbers[address]] = shown
         return self._numbers[address]
 
 
@@ -164,32 +167,28 @@ def trace_prefill(
         events = list(lives.events)  # before the logits go
         del output
     final = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _cached(cache)}.values())
-    peak, largest = _replay(events, weights, cached, final)
-    return Trace(peak, largest, cache)
+    peak, alive = _replay(events, weights, cached, final)
+    largest = sorted((lives.shown[number] for number in alive), key=lambda item: -item.bytes)[:_LARGEST]
+    return Trace(peak, tuple(largest), cache)
 
 
-def _replay(
-    events: Sequence[tuple[int, int, LiveTensor | None]], weights: set[int], cached: set[int], final: int
-) -> tuple[int, tuple[LiveTensor, ...]]:
-    """The peak of what is neither a weight nor ``final`` bytes of cache, and the largest tensors alive then."""
-    live: dict[int, LiveTensor] = {}
+def _replay(events: Sequence[tuple[int, int]], weights: set[int], cached: set[int], final: int) -> tuple[int, set[int]]:
+    """The peak of what is neither a weight nor ``final`` bytes of cache, and the storages alive then."""
+    live: set[int] = set()
+    at_peak: set[int] = set()
     running = cache = peak = 0
-    at_peak: list[LiveTensor] = []
-    for number, size, shown in events:
+    for number, size in events:
         if number in weights or size == 0:
             continue
         if number in cached:
             cache += size
         else:
             running += size
-            if shown is None:
-                live.pop(number)
-            else:
-                live[number] = shown
+            live.symmetric_difference_update({number})
         total = running + max(0, cache - final)
         if total > peak:
-            peak, at_peak = total, list(live.values())
-    return peak, tuple(sorted(at_peak, key=lambda item: -item.bytes)[:_LARGEST])
+            peak, at_peak = total, set(live)
+    return peak, at_peak
 
 
 def _ids(batch: int, tokens: int) -> Tensor:
