@@ -104,7 +104,7 @@ def add_up_storages(found: dict[int, tuple[str, Any]], shapes: Geometry) -> Weig
 def allocated(work: Callable[[], Any], device: str) -> tuple[Any, int, int]:
     """Run ``work``; its result, the peak of bytes allocated while it ran, and bytes it allocated that remain at its end.
 
-    On CUDA the last figure is less by what was there before and is gone.
+    On a CPU, frees of what was there before do not count; on CUDA both figures are less by them.
     """
     gc.collect()
     if device.startswith("cuda"):

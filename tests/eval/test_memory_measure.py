@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
     GPTNeoXConfig,
     MistralConfig,
     MixtralConfig,
@@ -29,6 +31,7 @@ from eval.consumers import CONSUMERS
 from eval.memory_compare import compare, predict_artifact, render, spec_of
 from eval.memory_containers import VariantSpec
 from eval.memory_measure import allocated, main, measure, measure_here
+from eval.memory_predict import predict
 from quantize.errors import InputError
 
 SMALL: dict[str, Any] = {
@@ -144,6 +147,26 @@ def test_allocations_are_counted_to_the_byte() -> None:
     assert (peak, kept) == (4500, result.numel())
 
 
+def test_a_later_chunk_needs_what_is_predicted(tiny_llama: Path) -> None:
+    """The last of four chunks: each layer's cache is there twice while it grows."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).eval()
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        for _ in range(4):
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def size() -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    _, peak, _ = allocated(prefill, "cpu")
+    prediction = predict(model.config, VariantSpec("fp16"), 256, 2, prefill_chunk=64, logits="last", runtime="transformers")
+    assert prediction.kv_bytes == size()
+    assert prediction.activation_bytes == pytest.approx(peak - size(), rel=TOLERANCE)
+
+
 def test_a_difference_shows(tiny_llama: Path) -> None:
     """Otherwise agreement would prove nothing."""
     measured = measure_here(tiny_llama, 64, 1)
@@ -170,7 +193,7 @@ def test_an_artifact_that_does_not_load_is_refused(tiny_llama: Path, tmp_path: P
 @pytest.mark.slow
 def test_the_demo_model_needs_what_is_predicted(tmp_path: Path) -> None:
     """Every component and the peak, for five variants."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from quantize.demo_model import demo_model
 
