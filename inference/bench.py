@@ -68,7 +68,7 @@ def parse_artifact(text: str, dtype: torch.dtype, device: torch.device) -> tuple
     options = dict(setting.partition("=")[::2] for setting in settings)
     unknown = sorted(options.keys() - {"dense", "head"})
     if unknown:
-        raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=compute, dense=stored, head=artifact or head=int8")
+        raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=auto, packed, plain or stored, head=artifact or int8")
     if not Path(directory).is_dir():
         raise InputError(f"{directory} is no directory; name an artifact's, such as artifacts/gptq/w4")
     return Path(directory), LoadOptions(dtype=dtype, device=device, **options)
@@ -118,7 +118,9 @@ def report(names: Sequence[str], engines: Sequence[Engine], results: Sequence[Se
             entry[figure] = asdict(summarize([getattr(measured, figure) for measured in rounds]))
         for figure in ("prefill_rate", "decode_rate"):
             pairs = zip(rounds, results[0], strict=True)
-            entry[f"{figure}_ratio"] = asdict(summarize([getattr(one, figure) / getattr(other, figure) for one, other in pairs]))
+            entry[f"{figure}_ratio"] = asdict(
+                summarize([getattr(one, figure) / getattr(other, figure) for one, other in pairs])
+            )
         entries.append(entry)
     return entries
 
@@ -152,7 +154,9 @@ def show(entries: Sequence[dict[str, object]]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m inference.bench", description=__doc__)
-    parser.add_argument("artifacts", nargs="+", help="DIR[,dense=compute|stored][,head=artifact|int8]; ratios are to the first")
+    parser.add_argument(
+        "artifacts", nargs="+", help="DIR[,dense=auto|packed|plain|stored][,head=artifact|int8]; ratios are to the first"
+    )
     parser.add_argument("--prompt", type=int, default=128, help="tokens to prefill")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode in each round")
     parser.add_argument("--rounds", type=int, default=7)

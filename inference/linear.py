@@ -1,4 +1,4 @@
-"""Linear layers, one class for each way an artifact stores and multiplies a weight. All map ``[tokens, in]`` to ``[tokens, out]``.
+"""Linear layers, one class for each way a weight is stored and multiplied. All map ``[tokens, in]`` to ``[tokens, out]``.
 
 The integer semantic is compressed-tensors' (``quantization/utils/helpers.py``, ``calculate_qparams``; symmetric int8): a row's
 scale is ``max|x| / 127.5`` and its codes are ``clamp(round(x / scale), -128, 127)``, ties to even.
@@ -15,6 +15,8 @@ from torch.nn import functional
 from quantize.errors import InputError
 
 _CUDA_LEAST_ROWS = 17  # torch._int_mm refuses fewer on CUDA
+_KERNEL_BLOCK = 64  # rows and columns torch._weight_int8pack_mm is used for come in multiples of this
+_TINY = torch.finfo(torch.float32).tiny
 _CHUNK_WEIGHTS = 1 << 18  # codes widened at a time: 1 MiB of float32 stays in a core's cache
 
 
@@ -42,8 +44,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         x: finite, ``[rows, columns]``; types below float32 are widened first. A row of zeros gets codes of zero.
     """
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(127.5).clamp_(min=torch.finfo(torch.float32).tiny)
-    return x.div(scale).round_().clamp_(-128, 127).to(torch.int8), scale
+    scale = x.abs().amax(-1, keepdim=True).div_(127.5).clamp_min_(_TINY)
+    # No quotient rounds below -128; 127.5 rounds to 128.
+    return x.div(scale).round_().clamp_max_(127).to(torch.int8), scale
 
 
 def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -53,6 +56,8 @@ def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
         InputError: a device without an integer product.
     """
     if left.device.type == "cpu":
+        if left.shape[1] == 1:  # torch 2.13 misreads the strides of a transposed single column
+            left, right = functional.pad(left, (0, 1)), functional.pad(right, (0, 1))
         return torch._int_mm(left, right.t())
     if left.device.type == "cuda":
         return int8_matmul_padded(left, right)
@@ -70,20 +75,45 @@ def int8_matmul_padded(left: Tensor, right: Tensor) -> Tensor:
 
 
 class DenseLinear:
-    """A weight in the compute type."""
+    """A weight in the compute type, multiplied by torch's own product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """``weight`` ``[out_features, in_features]``, ``bias`` ``[out_features]``, both in the compute type."""
         self.out_features = weight.shape[0]
-        # For one row, MKL runs through a [in, out] matrix a third faster than through its transpose.
-        self._transposed = weight.t().contiguous()
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def nbytes(self) -> int:
+        return tensor_bytes(self._weight, self._bias)
+
+
+class PackedLinear:
+    """A float32 weight in the layout oneDNN chooses: the numbers of :class:`DenseLinear`, about twice as fast on some CPUs.
+
+    torch sends float32 products to MKL, which is slow on processors that are not Intel's; Inductor packs this way for them.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """``weight`` as for :class:`DenseLinear`, float32 or narrower; see :func:`packed_fits` for where this runs."""
+        self.out_features = weight.shape[0]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous(), 1)
+        self._bytes = 4 * weight.numel() + tensor_bytes(bias)
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self._transposed) if self._bias is None else torch.addmm(self._bias, x, self._transposed)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
 
     def nbytes(self) -> int:
-        return tensor_bytes(self._transposed, self._bias)
+        return self._bytes
+
+
+def packed_fits(weight: Tensor, compute: torch.dtype) -> bool:
+    """Whether :class:`PackedLinear` runs here for this weight."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return compute == torch.float32 and weight.device.type == "cpu" and bool(available)
 
 
 class HalfStoredLinear:
@@ -118,14 +148,17 @@ class Int8WeightOnlyLinear:
     """W8A16: int8 codes, scales per channel or per group, activations as they are."""
 
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
-        """``codes`` int8 ``[out, in]``, ``scales`` float ``[out, groups]`` (groups of consecutive columns), ``bias`` ``[out]``."""
+        """``codes`` int8 ``[out, in]``, ``scales`` ``[out, groups]`` for groups of consecutive columns, ``bias`` ``[out]``."""
         self.out_features = codes.shape[0]
         self._codes, self._scales, self._bias = codes, scales.float(), bias
         self._row_scales = self._scales[:, 0] if self._scales.shape[1] == 1 else None
+        # torch's bfloat16 kernel reads past the end of matrices that do not fill its blocks.
+        whole = codes.shape[0] % _KERNEL_BLOCK == codes.shape[1] % _KERNEL_BLOCK == 0
+        self._kernel_fits = whole and self._row_scales is not None and codes.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._row_scales is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            ones = x.new_ones(self.out_features)  # the kernel wants bfloat16 scales, which would round ours
+        if self._kernel_fits and x.dtype == torch.bfloat16:
+            ones = x.new_ones(self.out_features)  # its own scales are bfloat16, which would round ours
             out = torch._weight_int8pack_mm(x, self._codes, ones).mul(self._row_scales).to(x.dtype)
         else:
             out = torch.cat([self._rows(x, start) for start in range(0, self.out_features, self._chunk())], -1)

@@ -1,7 +1,7 @@
 """From an artifact directory to a :class:`~inference.model.Model`: which stored tensors make which layer.
 
-Read are dense safetensors, compressed-tensors ``int-quantized`` (int8 weights; activations left alone, dynamic per token, or static
-per tensor) and GPTQ, whose codes are dequantized once, here.
+Read are dense safetensors, compressed-tensors ``int-quantized`` (int8 weights; activations left alone, dynamic per token, or
+static per tensor) and GPTQ, whose codes are dequantized once, here.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from inference.linear import (
     Int8Linear,
     Int8WeightOnlyLinear,
     Linear,
+    PackedLinear,
     SideBySide,
     half_stored_fits,
+    packed_fits,
     quantize_rows,
 )
 from inference.model import Block, Model
+from inference.norm import RMSNorm
 from inference.quantization import Int8Scheme, int8_scheme
 from quantize.errors import InputError
 from quantize.files import read_json
 
-DENSE = ("compute", "stored")
+DENSE = ("auto", "packed", "plain", "stored")
 HEAD = ("artifact", "int8")
 
 
@@ -43,21 +46,23 @@ class LoadOptions:
     Attributes:
         dtype: the compute type: float32, bfloat16 or float16.
         device: where.
-        dense: ``compute`` widens unquantized layers to the compute type; ``stored`` keeps float16 values in 16 bits under
-            float32 arithmetic, where that is exact (see :func:`inference.linear.half_stored_fits`).
+        dense: how unquantized layers are held; the numbers are the same in all. ``packed`` is in the compute type, laid out for
+            oneDNN's kernels where they run; ``plain`` is in the compute type, for torch's own product; ``stored`` keeps
+            float16 values in 16 bits under float32 arithmetic, where that is exact (:func:`half_stored_fits`); ``auto`` is
+            ``stored`` for what quantized artifacts leave dense and ``packed`` for unquantized ones.
         head: ``artifact`` takes the output embedding as it is stored; ``int8`` rounds a dense one to nearest on load, which
             changes the model: nothing on disk says so.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
-    dense: str = "compute"
+    dense: str = "auto"
     head: str = "artifact"
 
     def __post_init__(self) -> None:
         for key, value, allowed in (("dense", self.dense, DENSE), ("head", self.head, HEAD)):
             if value not in allowed:
-                raise InputError(f"{key}={value!r} is not an option; use {' or '.join(allowed)}")
+                raise InputError(f"{key}={value!r} is not an option; use {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,9 @@ class _Assembly:
     ) -> None:
         self.directory, self.config, self.options, self.scheme = directory, config, options, scheme
         self.tensors = tensors
+        self.dense = options.dense
+        if options.dense == "auto":
+            self.dense = "packed" if scheme is None else "stored"
 
     def model(self) -> Model:
         config, options = self.config, self.options
@@ -144,12 +152,13 @@ class _Assembly:
             raise InputError(f"{self.directory} lacks the tensor {name}; make the artifact again")
         return self.tensors[name]
 
-    def _norm(self, name: str) -> Tensor:
-        return self._tensor(f"{name}.weight").to(self.options.device, self.options.dtype)
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self._tensor(f"{name}.weight").to(self.options.device), self.config.norm_eps)
 
-    def _head_norms(self, attention: str) -> Tensor:
-        queries = self._norm(f"{attention}.q_norm").expand(self.config.num_heads, -1)
-        return torch.cat((queries, self._norm(f"{attention}.k_norm").expand(self.config.num_kv_heads, -1)))
+    def _head_norms(self, attention: str) -> RMSNorm:
+        queries = self._tensor(f"{attention}.q_norm.weight").expand(self.config.num_heads, -1)
+        keys = self._tensor(f"{attention}.k_norm.weight").expand(self.config.num_kv_heads, -1)
+        return RMSNorm(torch.cat((queries, keys)).to(self.options.device), self.config.norm_eps)
 
     def _stored(self, name: str) -> StoredLinear:
         weight = self._tensor(f"{name}.weight")
@@ -170,8 +179,10 @@ class _Assembly:
         weight = stored.weight.to(options.device)
         bias = None if stored.bias is None else stored.bias.to(options.device, options.dtype)
         if stored.scales is None:
-            if options.dense == "stored" and half_stored_fits(weight, options.dtype):
+            if self.dense == "stored" and half_stored_fits(weight, options.dtype):
                 return HalfStoredLinear(weight, bias)
+            if self.dense != "plain" and packed_fits(weight, options.dtype):
+                return PackedLinear(weight, bias)
             return DenseLinear(weight.to(options.dtype), bias)
         scales = stored.scales.to(options.device)
         if self.scheme is not None and self.scheme.activations == "none":

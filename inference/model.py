@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks of attention and SwiGLU around RMSNorms, output embedding (Touvron et al. 2023, arXiv:2302.13971).
+"""The decoder of Llama and its kin (Touvron et al. 2023, arXiv:2302.13971): RMSNorm, rotary attention, SwiGLU.
 
 One sequence at a time; a batch dimension there is none. Weights that share an input are one matrix (``qkv``, ``gate_up``).
 """
@@ -15,6 +15,7 @@ from inference.attention import attend
 from inference.config import ModelConfig
 from inference.kv_cache import KVCache
 from inference.linear import Linear, tensor_bytes
+from inference.norm import RMSNorm
 from inference.rope import rope_table, rotate
 
 
@@ -23,19 +24,19 @@ class Block:
     """One decoder block's weights.
 
     Attributes:
-        input_norm, post_norm: RMSNorm weights ``[hidden_size]`` before attention and before the feed-forward part.
+        input_norm, post_norm: before attention and before the feed-forward part.
         qkv: queries, keys and values of all heads, in this order.
-        head_norms: RMSNorm weights ``[num_heads + num_kv_heads, head_dim]`` of queries and keys (qwen3), or None.
+        head_norms: over each head of queries and keys, ``[num_heads + num_kv_heads, head_dim]`` (qwen3), or None.
         o: back to ``hidden_size``.
         gate_up: both halves of the SwiGLU.
         down: back to ``hidden_size``.
     """
 
-    input_norm: Tensor
+    input_norm: RMSNorm
     qkv: Linear
-    head_norms: Tensor | None
+    head_norms: RMSNorm | None
     o: Linear
-    post_norm: Tensor
+    post_norm: RMSNorm
     gate_up: Linear
     down: Linear
 
@@ -51,7 +52,7 @@ class Model:
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, embedding: Tensor, blocks: list[Block], norm: Tensor, head: Linear
+        self, config: ModelConfig, dtype: torch.dtype, embedding: Tensor, blocks: list[Block], norm: RMSNorm, head: Linear
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -86,15 +87,12 @@ class Model:
         cosine, sine = self._cosine[start:end], self._sine[start:end]
         hidden = functional.embedding(tokens, self.embedding).to(self.dtype)
         for index, block in enumerate(self.blocks):
-            hidden = hidden + self._attention(block, index, self._rms_norm(hidden, block.input_norm), cosine, sine, cache)
-            hidden = hidden + self._feed_forward(block, self._rms_norm(hidden, block.post_norm))
+            hidden = hidden + self._attention(block, index, block.input_norm(hidden), cosine, sine, cache)
+            hidden = hidden + self._feed_forward(block, block.post_norm(hidden))
         cache.length = end
         if not every_position:
             hidden = hidden[-1:]
-        return self.head(self._rms_norm(hidden, self.norm))
-
-    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape[-1:], weight, self.config.norm_eps)
+        return self.head(self.norm(hidden))
 
     def _attention(self, block: Block, layer: int, x: Tensor, cosine: Tensor, sine: Tensor, cache: KVCache) -> Tensor:
         config = self.config
@@ -102,7 +100,7 @@ class Model:
         heads = block.qkv(x).view(len(x), -1, config.head_dim)
         queries_keys = heads[:, :rotated]
         if block.head_norms is not None:
-            queries_keys = functional.rms_norm(queries_keys, (config.head_dim,), None, config.norm_eps) * block.head_norms
+            queries_keys = block.head_norms(queries_keys)
         queries_keys = rotate(queries_keys, cosine, sine)
         keys, values = cache.append(layer, queries_keys[:, config.num_heads :], heads[:, rotated:])
         return block.o(attend(queries_keys[:, : config.num_heads], keys, values))
@@ -113,8 +111,8 @@ class Model:
 
     def nbytes(self) -> int:
         """Bytes of all weights as they are held, which may be wider than on disk."""
-        total = tensor_bytes(self.embedding, self.norm) + self.head.nbytes()
+        total = tensor_bytes(self.embedding) + self.norm.nbytes() + self.head.nbytes()
         for block in self.blocks:
-            total += tensor_bytes(block.input_norm, block.post_norm, block.head_norms)
-            total += sum(layer.nbytes() for layer in (block.qkv, block.o, block.gate_up, block.down))
+            parts = (block.input_norm, block.qkv, block.head_norms, block.o, block.post_norm, block.gate_up, block.down)
+            total += sum(part.nbytes() for part in parts if part is not None)
         return total

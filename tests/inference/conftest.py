@@ -1,4 +1,4 @@
-"""Fixtures of the engine's tests: hand-made compressed-tensors artifacts, by that package's documented layout and nothing of ours."""
+"""Fixtures of the engine's tests: compressed-tensors artifacts made by hand, with no code of the project."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, dict[str, Any] | None] = {
 
 @pytest.fixture(scope="session")
 def make_int8() -> MakeInt8:
-    """``make_int8(dense, path, activations, group_size=-1, input_scale=0.05)``: round a dense directory's linear layers to int8.
+    """``make_int8(dense, path, activations, group_size=-1, input_scale=0.05)``: round a directory's linear layers to int8.
 
     ``activations`` is a key of ``ACTIVATIONS``; scales are float32.
     """
