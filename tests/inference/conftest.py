@@ -53,6 +53,8 @@ def write_int8(dense: Path, path: Path, activations: str, group_size: int = -1, 
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
+                # Without a format of the group's own, the package expects W8A16 to be packed, whatever the general one says.
+                "format": "int-quantized",
                 "weights": {**SYMMETRIC, "dynamic": False, **strategy},
                 "input_activations": ACTIVATIONS[activations],
             }
