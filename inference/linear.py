@@ -154,10 +154,10 @@ class Int8WeightOnlyLinear:
         self._row_scales = self._scales[:, 0] if self._scales.shape[1] == 1 else None
         # torch's bfloat16 kernel reads past the end of matrices that do not fill its blocks.
         whole = codes.shape[0] % _KERNEL_BLOCK == codes.shape[1] % _KERNEL_BLOCK == 0
-        self._kernel_fits = whole and self._row_scales is not None and codes.device.type == "cpu"
+        self._kernel_fits = whole and codes.device.type == "cpu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._kernel_fits and x.dtype == torch.bfloat16:
+        if self._kernel_fits and self._row_scales is not None and x.dtype == torch.bfloat16:
             ones = x.new_ones(self.out_features)  # its own scales are bfloat16, which would round ours
             out = torch._weight_int8pack_mm(x, self._codes, ones).mul(self._row_scales).to(x.dtype)
         else:

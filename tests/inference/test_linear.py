@@ -51,7 +51,7 @@ def expected(codes_x: Tensor, scale_x: Tensor, problem: dict[str, Any]) -> Tenso
     codes, scales = problem["codes"].long(), problem["scales"].double()
     grouped = codes.view(len(codes), scales.shape[1], -1)
     products = torch.einsum("tgc,rgc->trg", codes_x.long().view(len(codes_x), scales.shape[1], -1), grouped)
-    out = (products.double() * scales).sum(-1) * scale_x.double()
+    out: Tensor = (products.double() * scales).sum(-1) * scale_x.double()
     return out if problem["bias"] is None else out + problem["bias"].double()
 
 
