@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.lifecycle.forward import quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -117,6 +114,11 @@ def test_the_bfloat16_weight_only_kernel_stays_within_bfloat16(tokens: int, rows
 
 @given(problems(groups=False))
 def test_rows_are_quantized_as_compressed_tensors_does(problem: dict[str, Any]) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs the `peers` extra")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
     x = problem["x"][problem["x"].any(-1)]
     codes, scale = quantize_rows(x)
     if not len(x):
