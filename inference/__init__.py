@@ -1,1 +1,1 @@
-"""How a variant runs: readable versions of the arithmetic inside the programs that load the artifacts."""
+"""A readable inference engine: Llama-family decoders in plain tensor code, at every precision the artifacts come in."""

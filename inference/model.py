@@ -1,0 +1,118 @@
+"""The decoder of Llama and its kin (Touvron et al. 2023, arXiv:2302.13971): RMSNorm, rotary attention, SwiGLU.
+
+One sequence at a time; a batch dimension there is none. Weights that share an input are one matrix (``qkv``, ``gate_up``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from inference.attention import attend
+from inference.config import ModelConfig
+from inference.kv_cache import KVCache
+from inference.linear import Linear, tensor_bytes
+from inference.norm import RMSNorm
+from inference.rope import rope_table, rotate
+
+
+@dataclass
+class Block:
+    """One decoder block's weights.
+
+    Attributes:
+        input_norm, post_norm: before attention and before the feed-forward part.
+        qkv: queries, keys and values of all heads, in this order.
+        head_norms: over each head of queries and keys, ``[num_heads + num_kv_heads, head_dim]`` (qwen3), or None.
+        o: back to ``hidden_size``.
+        gate_up: both halves of the SwiGLU.
+        down: back to ``hidden_size``.
+    """
+
+    input_norm: RMSNorm
+    qkv: Linear
+    head_norms: RMSNorm | None
+    o: Linear
+    post_norm: RMSNorm
+    gate_up: Linear
+    down: Linear
+
+
+class Model:
+    """A decoder's weights, and its forward.
+
+    Attributes:
+        config: its shape.
+        dtype: the compute type: norms' inputs, residual stream, activations between layers.
+        embedding: ``[vocab_size, hidden_size]`` in the type it is stored in; rows are widened as they are looked up.
+        head: the output embedding.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, embedding: Tensor, blocks: list[Block], norm: RMSNorm, head: Linear
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.embedding = embedding
+        self.blocks = blocks
+        self.norm = norm
+        self.head = head
+        cosine, sine = rope_table(config.rope, config.head_dim, config.max_tokens)
+        self._cosine, self._sine = cosine.to(embedding.device, dtype), sine.to(embedding.device, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def forward(self, tokens: Tensor, cache: KVCache, every_position: bool = False) -> Tensor:
+        """Run ``tokens`` behind what ``cache`` holds, and add them to it.
+
+        Args:
+            tokens: int64 ``[n]``, n >= 1.
+            cache: this sequence's; its length grows by n.
+            every_position: logits of every token, not of the last alone.
+
+        Returns:
+            Logits in the compute type, ``[n, vocab_size]`` or ``[1, vocab_size]``.
+
+        Raises:
+            InputError: the cache has no room for n more tokens.
+        """
+        cache.check_room(len(tokens))
+        start, end = cache.length, cache.length + len(tokens)
+        cosine, sine = self._cosine[start:end], self._sine[start:end]
+        hidden = functional.embedding(tokens, self.embedding).to(self.dtype)
+        for index, block in enumerate(self.blocks):
+            hidden = hidden + self._attention(block, index, block.input_norm(hidden), cosine, sine, cache)
+            hidden = hidden + self._feed_forward(block, block.post_norm(hidden))
+        cache.length = end
+        if not every_position:
+            hidden = hidden[-1:]
+        return self.head(self.norm(hidden))
+
+    def _attention(self, block: Block, layer: int, x: Tensor, cosine: Tensor, sine: Tensor, cache: KVCache) -> Tensor:
+        config = self.config
+        rotated = config.num_heads + config.num_kv_heads  # queries and keys are turned, values are not
+        heads = block.qkv(x).view(len(x), -1, config.head_dim)
+        queries_keys = heads[:, :rotated]
+        if block.head_norms is not None:
+            queries_keys = block.head_norms(queries_keys)
+        queries_keys = rotate(queries_keys, cosine, sine)
+        keys, values = cache.append(layer, queries_keys[:, config.num_heads :], heads[:, rotated:])
+        return block.o(attend(queries_keys[:, : config.num_heads], keys, values))
+
+    def _feed_forward(self, block: Block, x: Tensor) -> Tensor:
+        gate, up = block.gate_up(x).chunk(2, -1)
+        return block.down(functional.silu(gate).mul_(up))
+
+    def nbytes(self) -> int:
+        """Bytes of all weights as they are held, which may be wider than on disk."""
+        total = tensor_bytes(self.embedding) + self.norm.nbytes() + self.head.nbytes()
+        for block in self.blocks:
+            parts = (block.input_norm, block.qkv, block.head_norms, block.o, block.post_norm, block.gate_up, block.down)
+            total += sum(part.nbytes() for part in parts if part is not None)
+        return total
