@@ -27,7 +27,8 @@ from torch import Tensor
 from calibration.sources import load_text
 from calibration.windows import token_stream
 from eval.consumers import CONSUMERS
-from quantize.config import LOG_LEVELS, EvalConfig, check_eval
+from quantize.checks import check_eval
+from quantize.config import LOG_LEVELS, EvalConfig
 from quantize.errors import InputError
 from quantize.files import read_json, write_json
 from quantize.logs import progress, quiet_libraries, setup_logging, stdout_to_stderr

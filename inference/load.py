@@ -1,7 +1,7 @@
 """From an artifact directory to a :class:`~inference.model.Model`: which stored tensors make which layer.
 
 Read are dense safetensors, compressed-tensors ``int-quantized`` (int8 weights; activations left alone, dynamic per token, or
-static per tensor) and GPTQ, whose codes are dequantized once, here.
+static per tensor) and ``pack-quantized``, and GPTQ. Codes of other grids than symmetric 8 bits are dequantized once, here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import exports.compressed_tensors
 import exports.gptq
 from exports.shards import read_shards
 from inference.config import ModelConfig, read_config
@@ -34,6 +35,7 @@ from inference.norm import RMSNorm
 from inference.quantization import Int8Scheme, int8_scheme
 from quantize.errors import InputError
 from quantize.files import read_json
+from quantize.grids import QuantizedTensor
 
 DENSE = ("auto", "packed", "plain", "stored")
 HEAD = ("artifact", "int8")
@@ -102,13 +104,29 @@ def _read(directory: Path, quantization: dict[str, Any]) -> tuple[dict[str, Tens
         return read_shards(directory), None
     if method == "gptq":
         layers, tensors = exports.gptq.read(directory)
-        return tensors | {f"{name}.weight": layer.dequantize() for name, layer in layers.items()}, None
+        for name, layer in layers.items():
+            tensors |= _decoded(name, layer)
+        return tensors, None
+    if method == "compressed-tensors" and quantization.get("format") == "pack-quantized":
+        layers, tensors = exports.compressed_tensors.read(directory)
+        for name, layer in layers.items():
+            tensors |= _codes(name, layer) if layer.grid.bits == 8 and layer.grid.symmetric else _decoded(name, layer)
+        return tensors, Int8Scheme(directory / "config.json", "none")
     if method == "compressed-tensors":
         return read_shards(directory), int8_scheme(directory / "config.json", quantization)
     raise InputError(
         f"{directory}/config.json: quant_method={method!r} is not read by the engine; it reads gptq, compressed-tensors and "
         "unquantized directories"
     )
+
+
+def _decoded(name: str, layer: QuantizedTensor) -> dict[str, Tensor]:
+    return {f"{name}.weight": layer.dequantize()}
+
+
+def _codes(name: str, layer: QuantizedTensor) -> dict[str, Tensor]:
+    codes = (layer.codes.to(torch.int16) - 128).to(torch.int8)
+    return {f"{name}.weight": codes, f"{name}.weight_scale": layer.scales}
 
 
 class _Assembly:

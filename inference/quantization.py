@@ -50,7 +50,9 @@ def int8_scheme(file: Path, quantization: Mapping[str, Any]) -> Int8Scheme:
         InputError: another format or grid, or groups that treat activations differently.
     """
     if quantization.get("format") != "int-quantized":
-        raise InputError(f"{file}: format={quantization.get('format')!r} is not read by the engine; use format='int-quantized'")
+        raise InputError(
+            f"{file}: format={quantization.get('format')!r} is not read by the engine; use format='int-quantized' or 'pack-quantized'"
+        )
     if quantization.get("kv_cache_scheme"):
         raise InputError(f"{file}: a quantized kv_cache_scheme is not supported; use kv_cache_scheme=null")
     groups = (quantization.get("config_groups") or {}).values()

@@ -18,7 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from quantize.config import LOG_LEVELS, register_configs, validate
+from quantize.checks import validate
+from quantize.config import LOG_LEVELS, register_configs
 from quantize.errors import InputError
 from quantize.files import disk_error
 from quantize.logs import quiet_libraries, setup_logging

@@ -90,7 +90,7 @@ class Grid:
             ``scale`` and ``zero``, float32 ``[...]``; ``scale`` is positive and representable in ``scale_dtype``.
 
         Raises:
-            InputError: a weight is too large for the scale type (scale above its largest finite value).
+            InputError: a weight is NaN, or too large for the scale type (scale above its largest finite value).
         """
         low = groups.amin(-1).clamp(max=0)
         high = groups.amax(-1).clamp(min=0)
@@ -124,7 +124,9 @@ class Grid:
     def round_scale(self, scale: Tensor) -> Tensor:
         """Round to ``scale_dtype`` and back to float32; zero (an all-zero group) becomes the smallest subnormal."""
         info = torch.finfo(self.scale_dtype)
-        if bool((scale > info.max).any()):
+        if not bool((scale <= info.max).all()):  # NaN is not either
+            if bool(torch.isnan(scale).any()):
+                raise InputError("a weight is NaN; the checkpoint is damaged")
             raise InputError(
                 f"a weight group needs scale {float(scale.max()):.3g}, beyond {self.scale_dtype}'s {info.max:.3g}; "
                 "the checkpoint's weights are out of range"

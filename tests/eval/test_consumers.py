@@ -108,7 +108,9 @@ def reference_logits(artifact: Path, model_path: Path, ids: Tensor) -> Tensor:
         model.get_submodule(name).weight.copy_(tensor.dequantize())
         if tensor.input_scale is not None or dynamic:
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, step=tensor.input_scale: quantize_inputs(args[0], token_steps(args[0]) if step is None else step)
+                lambda _, args, step=tensor.input_scale: quantize_inputs(
+                    args[0], token_steps(args[0]) if step is None else step
+                )
             )
     for name, weight in dense.items():
         model.get_parameter(name).copy_(weight)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 import exports.gptq
+from exports import CONTAINERS
 from exports.base import Artifact
 from inference.engine import Engine
 from inference.generate import generate
@@ -53,8 +54,6 @@ def every_logit(model: Model, tokens: list[int]) -> Tensor:
 
 def reference(artifact: Path, tokens: list[int]) -> Tensor:
     """transformers' logits, float32, of an artifact as that program loads it."""
-    if "compressed-tensors" in (artifact / "config.json").read_text():
-        pytest.importorskip("compressed_tensors", reason="needs the `peers` extra")
     model = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.float32)
     with torch.inference_mode():
         return model(torch.tensor([tokens]), use_cache=False).logits[0]  # type: ignore[no-any-return]
@@ -68,6 +67,18 @@ def test_weight_only_int8_gives_compressed_tensors_logits(
     wanted = reference(artifact, TOKENS)
     torch.testing.assert_close(every_logit(load(artifact), TOKENS), wanted, atol=1e-4, rtol=0)
     assert float((wanted - reference(dense, TOKENS)).abs().max()) > 1e-3  # rounding to int8 is to be seen at this tolerance
+
+
+@pytest.mark.parametrize("grid", [Grid(8, -1, True, 0), Grid(8, 32, True, 0), Grid(4, 32, False, 0)])
+def test_packed_weights_give_compressed_tensors_logits(dense: Path, tmp_path: Path, grid: Grid) -> None:
+    stored = load_file(dense / "model.safetensors")
+    layers = {name.removesuffix(".weight"): quantize_nearest(stored.pop(name), grid) for name in [*stored] if "_proj." in name}
+    config = json.loads((dense / "config.json").read_text())
+    written = Artifact(config, stored.items(), layers.items(), grid, (), {}, dict.fromkeys(layers, grid), ("lm_head",))
+    CONTAINERS["compressed-tensors"].write(tmp_path, written)
+    wanted = reference(tmp_path, TOKENS)
+    torch.testing.assert_close(every_logit(load(tmp_path), TOKENS), wanted, atol=1e-4, rtol=0)
+    assert float((wanted - reference(dense, TOKENS)).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "static"])
@@ -182,7 +193,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "sizes": (lambda c: c.update(vocab_size=301), r"embed_tokens.weight is \[300, 64\].*vocab_size=301"),
     "layers": (lambda c: c.update(num_hidden_layers=3), r"lacks the tensor model.layers.2.input_layernorm.weight"),
     "method": (lambda c: c["quantization_config"].update(quant_method="awq"), r"quant_method='awq' is not read"),
-    "format": (lambda c: c["quantization_config"].update(format="pack-quantized"), r"use format='int-quantized'"),
+    "format": (lambda c: c["quantization_config"].update(format="float-quantized"), r"use format='int-quantized'"),
     "cache": (lambda c: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}), r"kv_cache_scheme is not supported"),
     "no groups": (lambda c: c["quantization_config"].pop("config_groups"), r"no config_groups"),
     "bits": (lambda c: group(c)["weights"].update(num_bits=4), r"use num_bits=8"),

@@ -8,10 +8,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from quantize.config import RunConfig, VariantConfig, register_configs, validate
+from quantize.checks import validate
+from quantize.config import RunConfig, VariantConfig, register_configs
 from quantize.errors import InputError
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+CT = ["variants.gptq.container=compressed-tensors"]
 LLM_INT8 = ["solver=llm_int8", "variants.gptq.container=bitsandbytes"]
 NF4 = ["solver=nf4", "variants.gptq.container=bitsandbytes"]
 SHIPPED = sorted(file.stem for file in (RECIPES / "recipe").glob("*.yaml"))
@@ -70,6 +72,15 @@ def recipe(name: str, *overrides: str) -> RunConfig:
         ([*NF4, "solver.bits=8"], ["variants.gptq.solver.bits=8", "name=nf4", "use 4"]),
         ([*NF4, "solver.lm_head=true"], ["variants.gptq.solver.lm_head=true", "bitsandbytes", "use false"]),
         ([*NF4, "solver.overrides=[{match: x, bits: 8}]"], ["variants.gptq.solver.overrides", "use []", "solver.skip"]),
+        (["solver.input_activations=always"], ["solver.input_activations=always", "none, dynamic, static"]),
+        (["solver.observer=entropy"], ["solver.observer=entropy", "minmax, percentile, mse"]),
+        (["solver.percentile=40"], ["solver.percentile=40.0", "(50, 100]", "99.99"]),
+        (["solver.smoothquant_alpha=2"], ["solver.smoothquant_alpha=2.0", "[0, 1]", "null"]),
+        (["solver.input_activations=dynamic"], ["container=gptq", "input_activations=dynamic", "use compressed-tensors"]),
+        ([*CT, "solver=rtn", "solver.input_activations=static"], ["static", "bits=8, group_size=-1 and symmetric=true"]),
+        (CT, ["container=compressed-tensors", "consecutive columns", "static_groups=true"]),
+        ([*LLM_INT8, "solver.bits=8", "solver.smoothquant=true"], ["smoothquant=true", "bitsandbytes", "use false"]),
+        (["variants.gptq.dtype=float8"], ["variants.gptq.dtype=float8", "float32, bfloat16, float16"]),
         (["solver.outlier_threshold=-1"], ["variants.gptq.solver.outlier_threshold=-1.0", "[0, inf)", "6.0"]),
         (["solver.outlier_threshold=nan"], ["variants.gptq.solver.outlier_threshold=nan", "6.0"]),
         (["solver.outlier_threshold=inf"], ["variants.gptq.solver.outlier_threshold=inf", "6.0"]),
@@ -108,6 +119,18 @@ def test_a_variant_may_have_a_name_of_ones_own(name: str) -> None:
         ["calibration=text", "calibration.path=notes.txt"],
         ["solver.group_size=-1"],
         ["solver.skip=[down_proj]"],
+        [*CT, "solver.static_groups=true"],
+        [*CT, "solver.desc_act=false"],
+        [*CT, "solver.group_size=-1"],
+        [
+            *CT,
+            "solver=rtn",
+            "solver.bits=8",
+            "solver.group_size=-1",
+            "solver.symmetric=true",
+            "solver.input_activations=static",
+        ],
+        ["variants.gptq.dtype=bfloat16"],
         [*LLM_INT8, "solver.outlier_threshold=0"],
         [*NF4, "solver.double_quant=true", "solver.skip=[down_proj]"],
         ["stages=[evaluate,report]"],
@@ -166,7 +189,7 @@ def test_a_variant_can_be_set_on_the_command_line() -> None:
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "gptq_ablation", "int8", "llm_int8", "nf4"]
+    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "gptq_ablation", "int8", "llm_int8", "nf4", "precisions"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
