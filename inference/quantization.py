@@ -51,7 +51,8 @@ def int8_scheme(file: Path, quantization: Mapping[str, Any]) -> Int8Scheme:
     """
     if quantization.get("format") != "int-quantized":
         raise InputError(
-            f"{file}: format={quantization.get('format')!r} is not read by the engine; use format='int-quantized' or 'pack-quantized'"
+            f"{file}: format={quantization.get('format')!r} is not read by the engine; use format='int-quantized' or "
+            "format='pack-quantized'"
         )
     if quantization.get("kv_cache_scheme"):
         raise InputError(f"{file}: a quantized kv_cache_scheme is not supported; use kv_cache_scheme=null")
