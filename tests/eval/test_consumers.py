@@ -43,7 +43,9 @@ variants:
   bits8: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}}
   w8a16: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}, container: compressed-tensors}
   w4a16: {solver: {name: rtn, bits: 4}, container: compressed-tensors}
-  w8a8: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: dynamic}, container: compressed-tensors}
+  w8a8:
+    solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: dynamic}
+    container: compressed-tensors
   w8a8-static:
     solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: static, smoothquant: true}
     container: compressed-tensors
@@ -107,10 +109,9 @@ def reference_logits(artifact: Path, model_path: Path, ids: Tensor) -> Tensor:
     for name, tensor in quantized.items():
         model.get_submodule(name).weight.copy_(tensor.dequantize())
         if tensor.input_scale is not None or dynamic:
+            fixed = tensor.input_scale
             model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, step=tensor.input_scale: quantize_inputs(
-                    args[0], token_steps(args[0]) if step is None else step
-                )
+                lambda _, args, fixed=fixed: (quantize_inputs(args[0], token_steps(args[0]) if fixed is None else fixed),)
             )
     for name, weight in dense.items():
         model.get_parameter(name).copy_(weight)
