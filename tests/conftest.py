@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import logging
 import pydoc_data.topics
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ VOCABULARY = 300
 
 MakeCheckpoint = Callable[..., Path]
 MakeInt8 = Callable[..., Path]
+Cli = Callable[..., tuple[int, str, str]]
 CloseExpert = Callable[[Path, int], None]
 
 
@@ -111,6 +113,43 @@ def tiny_llama(
     make_checkpoint(path, config)
     tiny_tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """``cli("key=value", ...)``: exit code, standard output, standard error."""
+    from quantize.__main__ import main
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["quantize", *arguments])
+        code = main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield run
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a run of a few seconds."""
+    text = tmp_path_factory.mktemp("text") / "assignment.txt"
+    text.write_text(pydoc_data.topics.topics["assignment"])
+    return [
+        f"model.path={tiny_llama}",
+        "calibration.num_samples=4",
+        "calibration.seq_len=32",
+        "solver.group_size=32",
+        "quality=fast",
+        "eval.windows=2",
+        "eval.seq_len=64",
+        f"eval.text={text}",
+    ]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from quantize.__main__ import main
 
 PROJECT = Path(__file__).resolve().parents[2]
+Cli = Callable[..., tuple[int, str, str]]
 Fails = Callable[..., str]
 ARTIFACTS = "stages=[load,calibrate,quantize,export]"
 
@@ -54,26 +55,19 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fails(model: Path, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Fails]:
+def fails(model: Path, directory: Path, cli: Cli) -> Fails:
     """``fails("key=value", ...)``: run, require failure in the agreed manner, and give the error line."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
     def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["quantize", *overrides(model, directory), *arguments])
-        code = main()
-        captured = capsys.readouterr()
-        assert code == 2, captured.err
-        assert captured.out == ""
-        assert "Traceback" not in captured.err
-        assert captured.err.count("error:") == 1
+        code, out, err = cli(*overrides(model, directory), *arguments)
+        assert code == 2, err
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.count("error:") == 1
         assert_nothing_half_written(directory)
-        return captured.err.splitlines()[-1]
+        return err.splitlines()[-1]
 
-    yield run
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return run
 
 
 def assert_nothing_half_written(directory: Path) -> None:

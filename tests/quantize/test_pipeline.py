@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
-import pydoc_data.topics
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +16,6 @@ import pytest
 import torch
 
 from quantize import pipeline
-from quantize.__main__ import main
 from quantize.files import files_below, sha256_file, write_json
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -41,24 +38,6 @@ FIELDS = {
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """``cli("key=value", ...)``: exit code, standard output, standard error."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["quantize", *arguments])
-        code = main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    yield run
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
-@pytest.fixture
 def canned_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """No evaluation but figures made up, for tests of what is run and when: the consumers' imports take many seconds."""
 
@@ -78,26 +57,9 @@ def canned_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a run of a few seconds."""
-    text = tmp_path_factory.mktemp("text") / "assignment.txt"
-    text.write_text(pydoc_data.topics.topics["assignment"])
-    return [
-        f"model.path={tiny_llama}",
-        "calibration.num_samples=4",
-        "calibration.seq_len=32",
-        "solver.group_size=32",
-        "quality=fast",
-        "eval.windows=2",
-        "eval.seq_len=64",
-        f"eval.text={text}",
-    ]
-
-
-@pytest.fixture(scope="module")
-def small(settings: list[str]) -> list[str]:
+def small(small_run: list[str]) -> list[str]:
     """The demo recipe without two of its variants."""
-    return ["recipe=demo", "~variants.int8", "~variants.int4-rtn", *settings]
+    return ["recipe=demo", "~variants.int8", "~variants.int4-rtn", *small_run]
 
 
 @pytest.fixture(scope="module")
@@ -333,21 +295,21 @@ def test_the_number_of_threads_changes_no_byte(small: list[str], cli: Cli, tmp_p
     assert hashes(tmp_path / "variants") == hashes(finished / "variants")
 
 
-def test_calibration_is_made_once_a_variant_needs_it(settings: list[str], cli: Cli, tmp_path: Path) -> None:
-    plain = ["recipe=int8", *settings, ARTIFACTS, f"output_dir={tmp_path}"]
+def test_calibration_is_made_once_a_variant_needs_it(small_run: list[str], cli: Cli, tmp_path: Path) -> None:
+    plain = ["recipe=int8", *small_run, ARTIFACTS, f"output_dir={tmp_path}"]
     assert cli(*plain)[0] == 0
     assert not (tmp_path / "work" / "calibration").exists()
     assert steps_run(cli(*plain, "calibration.num_samples=5")[2]) == []
-    code, _, err = cli(*plain, "variants.int8.solver.name=gptq")
+    code, _, err = cli(*plain, "variants.int8.solver.name=gptq", "solver.desc_act=false")
     assert code == 0, err
     assert steps_run(err) == ["calibrate", "quantize/int8", "export/int8"]
 
 
-def test_skipped_layers_stay_as_they_are(settings: list[str], cli: Cli, tmp_path: Path) -> None:
+def test_skipped_layers_stay_as_they_are(small_run: list[str], cli: Cli, tmp_path: Path) -> None:
     from exports.gptq import read
 
     skipping = ["solver.skip=[down_proj,'layers\\.0\\.self_attn']"]
-    assert cli("recipe=gptq", "solver=rtn", *settings, *skipping, ARTIFACTS, f"output_dir={tmp_path}")[0] == 0
+    assert cli("recipe=gptq", "solver=rtn", *small_run, *skipping, ARTIFACTS, f"output_dir={tmp_path}")[0] == 0
     quantized, dense = read(tmp_path / "variants" / "gptq")
     assert len(quantized) == 4 * 6 - 4
     assert "model.layers.0.self_attn.q_proj.weight" in dense
@@ -363,8 +325,8 @@ def test_what_a_killed_run_left_half_written_is_swept_up(copied: Path, small: li
 
 
 @pytest.mark.slow
-def test_the_demo_recipe_from_the_command_line(settings: list[str], tmp_path: Path) -> None:
-    result = run_process("recipe=demo", *settings, f"output_dir={tmp_path / 'run'}")
+def test_the_demo_recipe_from_the_command_line(small_run: list[str], tmp_path: Path) -> None:
+    result = run_process("recipe=demo", *small_run, f"output_dir={tmp_path / 'run'}")
     names = ["fp16", "int8", "int4-rtn", "int4-gptq"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [row["name"] for row in report["variants"]] == names
