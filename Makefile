@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 PEER := .venv-llmcompressor
-# Files for bench-gptq; the built-in text where they are not set.
+PEER_AWQ := .venv-autoawq
+# Files for bench-gptq and bench-awq; the built-in text where they are not set.
 CALIBRATION ?=
 TEXT ?=
 
-.PHONY: demo test test-slow test-reference lint format bench bench-gptq profile-gptq peers clean
+.PHONY: demo test test-slow test-reference lint format bench bench-gptq bench-awq profile-gptq peers clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,12 +43,17 @@ bench: $(VENV)/.base  ## time and memory of GPTQ on this machine
 bench-gptq: $(VENV)/.base  ## GPTQ here and in every installed peer, side by side, into docs/gptq-bench.md
 	$(BIN)/python -m eval.bench_gptq $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
+bench-awq: $(VENV)/.base  ## AWQ here and in every installed peer, side by side, into docs/awq-bench.md
+	$(BIN)/python -m eval.bench_awq $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
 profile-gptq: $(VENV)/.base  ## where GPTQ's time goes, part by part, against the machine's matrix-product rate
 	$(BIN)/python -m eval.profile_gptq $(ARGS)
 
-peers: $(VENV)/.base  ## what bench-gptq compares with; llm-compressor needs an environment of its own
+peers: $(VENV)/.base  ## what the benches compare with; llm-compressor and AutoAWQ need environments of their own
 	$(PYTHON) -m venv $(PEER)
 	$(PEER)/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'llmcompressor==0.14.*'
+	$(PYTHON) -m venv $(PEER_AWQ)
+	$(PEER_AWQ)/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers==4.51.3' 'autoawq==0.2.9'
 
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
@@ -59,5 +65,5 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, artifacts and caches of this checkout
-	rm -rf $(VENV) $(PEER) artifacts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER) $(PEER_AWQ) artifacts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,18 @@ from typing import Any
 
 import torch
 
-from eval.bench_methods import METHODS, Method, Row, Setting, evaluate, make_windows, missing, quantize, version_of
+from eval.bench_methods import (
+    GPTQ,
+    Bench,
+    Method,
+    Row,
+    Setting,
+    evaluate,
+    make_windows,
+    missing,
+    quantize,
+    version_of,
+)
 from eval.bench_process import PROJECT, table_console
 from eval.bench_table import notes, render_markdown, render_table
 from quantize.demo_model import demo_model
@@ -114,13 +125,13 @@ def protocol_of(setting: Setting, rows: list[Row], steps: dict[str, Any]) -> dic
     return protocol
 
 
-def shown_command(arguments: list[str]) -> str:
+def shown_command(arguments: list[str], bench: Bench = GPTQ) -> str:
     """The command line as another machine can repeat it: files by name, nothing of where this one keeps its folders."""
     shown: list[str] = []
     left = iter(arguments)
     for argument in left:
         option, _, value = argument.partition("=")
-        if option in ("--llmcompressor-python", "--work-dir", "--output"):
+        if option in ("--llmcompressor-python", "--autoawq-python", "--work-dir", "--output"):
             if not value:
                 next(left, None)
         elif option == "--fresh":
@@ -129,16 +140,16 @@ def shown_command(arguments: list[str]) -> str:
             shown.append(f"{option}={Path(value).name}")
         else:
             shown.append(Path(argument).name if Path(argument).is_absolute() else argument)
-    return shlex.join(["python", "-m", "eval.bench_gptq", *shown])
+    return shlex.join(["python", "-m", bench.module, *shown])
 
 
-def parse(arguments: list[str]) -> tuple[Setting, list[Method], argparse.Namespace]:
+def parse(arguments: list[str], bench: Bench = GPTQ) -> tuple[Setting, list[Method], argparse.Namespace]:
     """Read the command line.
 
     Raises:
         InputError: a file is missing or a method unknown.
     """
-    parser = argparse.ArgumentParser(prog="python -m eval.bench_gptq", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {bench.module}", description=__doc__)
     parser.add_argument("--model", type=Path, help="checkpoint directory; default: the demo model")
     parser.add_argument("--calibration", type=Path, help="text file; default: builtin")
     parser.add_argument("--text", default="builtin", help="evaluation text file, or builtin (its held-out part)")
@@ -146,20 +157,22 @@ def parse(arguments: list[str]) -> tuple[Setting, list[Method], argparse.Namespa
     parser.add_argument("--seq-len", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows")
     parser.add_argument("--window-tokens", type=int, default=1024, help="tokens in an evaluation window")
-    parser.add_argument("--only", help=f"methods, comma-separated: {', '.join(method.name for method in METHODS)}")
+    parser.add_argument("--only", help=f"methods, comma-separated: {', '.join(method.name for method in bench.methods)}")
     parser.add_argument("--limit", type=float, default=2400, help="seconds a method may take")
-    parser.add_argument("--work-dir", type=Path, default=Path("artifacts/bench-gptq"), help="artifacts, logs, finished rows")
-    parser.add_argument("--output", type=Path, default=Path("docs/gptq-bench.md"), help="the table as Markdown")
+    work, page = Path(f"artifacts/bench-{bench.name}"), Path(f"docs/{bench.name}-bench.md")
+    parser.add_argument("--work-dir", type=Path, default=work, help="artifacts, logs, finished rows")
+    parser.add_argument("--output", type=Path, default=page, help="the table as Markdown")
     parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
     parser.add_argument("--llmcompressor-python", type=Path, default=Path(".venv-llmcompressor/bin/python"))
+    parser.add_argument("--autoawq-python", type=Path, default=Path(".venv-autoawq/bin/python"))
     options = parser.parse_args(arguments)
     for file in (options.calibration, None if options.text == "builtin" else Path(options.text)):
         if file is not None and not file.is_file():
             raise InputError(f"{file} does not exist; give a text file, or leave it out for the builtin text")
     if options.model is not None and not (options.model / "config.json").exists():
         raise InputError(f"--model {options.model} is no checkpoint directory: it has no config.json")
-    known = {method.name: method for method in METHODS}
-    wanted = options.only.split(",") if options.only else [method.name for method in METHODS if not method.extra]
+    known = {method.name: method for method in bench.methods}
+    wanted = options.only.split(",") if options.only else [method.name for method in bench.methods if not method.extra]
     for name in wanted:
         if name not in known:
             raise InputError(f"--only {name} is unknown; use some of {', '.join(known)}")
@@ -174,17 +187,18 @@ def parse(arguments: list[str]) -> tuple[Setting, list[Method], argparse.Namespa
         limit=options.limit,
         work=options.work_dir.absolute(),
         llmcompressor_python=options.llmcompressor_python,
+        autoawq_python=options.autoawq_python,
     )
     return setting, [known[name] for name in wanted], options
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], bench: Bench = GPTQ) -> int:
     """Measure all rows, print and write the table; 1 when a row failed.
 
     Raises:
         InputError: bad input.
     """
-    setting, methods, options = parse(arguments)
+    setting, methods, options = parse(arguments, bench)
     steps = make_windows(setting)
     fingerprint = steps["load"]["result"]["fingerprint"]
     rows = [measure(method, setting, row_key(method, setting, fingerprint), options.fresh) for method in methods]
@@ -194,7 +208,8 @@ def run(arguments: list[str]) -> int:
         console.print(f"{name}: {note}", soft_wrap=True, markup=False, highlight=False)
     page = render_markdown(
         rows,
-        command=shown_command(arguments),
+        title=bench.title,
+        command=shown_command(arguments, bench),
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         protocol=protocol_of(setting, rows, steps),
         environment={"cpu": cpu_name(), "threads": torch.get_num_threads(), **versions()},
@@ -204,11 +219,11 @@ def run(arguments: list[str]) -> int:
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, bench: Bench = GPTQ) -> int:
     """Command line; exit code 0 done, 1 a row failed, 2 bad input."""
     setup_logging("info")
     try:
-        return run(sys.argv[1:] if arguments is None else arguments)
+        return run(sys.argv[1:] if arguments is None else arguments, bench)
     except InputError as error:
         log.error("%s", error)
         return 2

@@ -1,4 +1,4 @@
-"""The rows of ``python -m eval.bench_gptq``: what each method is, running it within a limit, and what it cost."""
+"""The rows of ``python -m eval.bench_gptq`` and ``eval.bench_awq``: what each is, running it within a limit, what it cost."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class Method:
 
     Attributes:
         name: as ``--only`` takes it.
-        package: whose quantizer it is: ``quantize`` (this project), ``llmcompressor`` or ``gptqmodel``.
+        package: whose quantizer it is: ``quantize`` (this project), ``llmcompressor``, ``gptqmodel`` or ``autoawq``.
         bits: of a weight.
         group: weights that share a scale; None without quantization.
         symmetric: None without quantization.
         recipe: of this project.
         settings: this project's overrides, or further arguments of the peer's script.
         extra: runs only when ``--only`` names it.
+        algorithm: which of the peer's scripts is run: ``gptq`` or ``awq``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Method:
     recipe: str = "gptq"
     settings: tuple[str, ...] = ()
     extra: bool = False
+    algorithm: str = "gptq"
 
 
 METHODS = (
@@ -62,6 +64,32 @@ METHODS = (
 
 
 @dataclass(frozen=True)
+class Bench:
+    """A comparison.
+
+    Attributes:
+        name: of its module and its files: ``gptq``, ``awq``.
+        methods: its rows.
+    """
+
+    name: str
+    methods: tuple[Method, ...]
+
+    @property
+    def module(self) -> str:
+        """As ``python -m`` takes it."""
+        return f"eval.bench_{self.name}"
+
+    @property
+    def title(self) -> str:
+        """Of the page."""
+        return f"{self.name.upper()} side by side"
+
+
+GPTQ = Bench("gptq", METHODS)
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all rows have in common."""
 
@@ -75,6 +103,7 @@ class Setting:
     limit: float
     work: Path
     llmcompressor_python: Path
+    autoawq_python: Path = Path(".venv-autoawq/bin/python")
 
     @property
     def windows_file(self) -> Path:
@@ -141,7 +170,8 @@ def package_version(package: str, python: str) -> str | None:
 def interpreter(method: Method, setting: Setting) -> str:
     """The Python that runs a method."""
     # Not resolved: a virtual environment's python is a link, and what it links to knows nothing of the environment.
-    return str(setting.llmcompressor_python.absolute()) if method.package == "llmcompressor" else sys.executable
+    own = {"llmcompressor": setting.llmcompressor_python, "autoawq": setting.autoawq_python}
+    return str(own[method.package].absolute()) if method.package in own else sys.executable
 
 
 def version_of(method: Method, setting: Setting) -> str | None:
@@ -180,7 +210,7 @@ def quantize(method: Method, setting: Setting) -> Row:
 def own_command(method: Method, setting: Setting, directory: Path) -> list[str]:
     """This project's command line for a method."""
     overrides = [*setting.overrides(), *method.settings, ARTIFACT_STAGES]
-    if method.recipe == "gptq":
+    if method.group is not None:
         symmetric = str(method.symmetric).lower()
         overrides += [f"solver.bits={method.bits}", f"solver.group_size={method.group}", f"solver.symmetric={symmetric}"]
     return quantize_command(method.recipe, directory, overrides)
@@ -188,7 +218,7 @@ def own_command(method: Method, setting: Setting, directory: Path) -> list[str]:
 
 def peer_command(method: Method, setting: Setting, directory: Path) -> list[str]:
     """The command line of a peer's script."""
-    module = f"eval.peers.{method.package}_gptq"
+    module = f"eval.peers.{method.package}_{method.algorithm}"
     paths = [str(setting.model), str(setting.windows_file), str(directory / "artifact")]
     grid = [str(method.bits), str(method.group), str(method.symmetric).lower()]
     return [interpreter(method, setting), "-m", module, *paths, *grid, *method.settings]

@@ -66,13 +66,15 @@ def render_table(rows: Sequence[Json]) -> Table:
     return table
 
 
-def render_markdown(rows: Sequence[Json], *, command: str, date: str, protocol: Json, environment: Json) -> str:
+def render_markdown(
+    rows: Sequence[Json], *, command: str, date: str, protocol: Json, environment: Json, title: str = "GPTQ side by side"
+) -> str:
     """The rows as a page of documentation with everything that is needed to repeat them."""
     rule = [":---" if index < _WORDS else "---:" for index in range(len(COLUMNS))]
     baseline = baseline_of(rows)
     lines = [list(COLUMNS), rule, *([markdown_text(cell) for cell in cells(row, baseline)] for row in rows)]
     blocks: list[Any] = [
-        "# GPTQ side by side",
+        f"# {title}",
         f"Written on {date} by one run of\n\n```sh\n{command}\n```",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         "## Notes",

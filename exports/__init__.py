@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from exports import bitsandbytes, compressed_tensors, dense, gptq
+from exports import awq, bitsandbytes, compressed_tensors, dense, gptq
 from exports.base import Container
 
 CONTAINERS: dict[str, Container] = {
     "safetensors": dense.CONTAINER,
     "gptq": gptq.CONTAINER,
+    "awq": awq.CONTAINER,
     "compressed-tensors": compressed_tensors.CONTAINER,
     "bitsandbytes": bitsandbytes.CONTAINER,
 }

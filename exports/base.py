@@ -51,6 +51,8 @@ class Container:
         zero_min: the smallest zero point it can store.
         shuffled_groups: whether columns of one group may lie anywhere in the layer (``g_idx``).
         quantized_inputs: whether it can say that a layer's inputs are quantized too.
+        mixed_grids: whether layers may be on different grids.
+        head: whether the output embedding may be quantized.
     """
 
     quantized: bool
@@ -61,3 +63,5 @@ class Container:
     zero_min: int = 0
     shuffled_groups: bool = False
     quantized_inputs: bool = False
+    mixed_grids: bool = True
+    head: bool = True

@@ -15,6 +15,7 @@ from quantize.config import (
     LOG_LEVELS,
     OBSERVERS,
     QUALITIES,
+    SEARCH_LOSSES,
     STAGES,
     CalibrationConfig,
     EvalConfig,
@@ -151,12 +152,30 @@ def _check_inputs(key: str, variant: VariantConfig) -> None:
                 f"{key}.solver.input_activations={solver.input_activations} needs bits=8, group_size=-1 and symmetric=true: "
                 "kernels multiply whole rows of 8-bit integers"
             )
-    ordered = solver.name == "gptq" and solver.desc_act and not solver.static_groups
+    _check_scaling(f"{key}.solver", solver)
+    if solver.lm_head and not container.head:
+        raise InputError(f"{key}.container={variant.container} leaves the output embedding dense; use solver.lm_head=false")
+    if not container.mixed_grids and len({(grid.bits, grid.group_size) for grid in grids_of(solver)}) > 1:
+        raise InputError(
+            f"{key}.container={variant.container} has one bits and one group_size for all layers; use solver.overrides=[], or "
+            "solver.skip for dense layers"
+        )
+    ordered = "gptq" in solver.name and solver.desc_act and not solver.static_groups
     if ordered and not container.shuffled_groups and any(grid.group_size != -1 for grid in grids_of(solver)):
         raise InputError(
             f"{key}.container={variant.container} stores groups of consecutive columns; use solver.static_groups=true, or "
             "solver.act_group_aware=true with solver.desc_act=false"
         )
+
+
+def _check_scaling(key: str, solver: SolverConfig) -> None:
+    """What concerns AWQ's scales."""
+    from quantize.solvers import SOLVERS
+
+    _one_of(f"{key}.search_loss", solver.search_loss, SEARCH_LOSSES)
+    _at_least(f"{key}.alpha_steps", solver.alpha_steps, 1, 20)
+    if solver.smoothquant and SOLVERS[solver.name].find_scales is not None:
+        raise InputError(f"{key}.smoothquant=true, but {solver.name} scales the same norms by its own measure; use false")
 
 
 def _check_bitsandbytes(key: str, solver: SolverConfig, program: str | None, bits: int | None) -> None:

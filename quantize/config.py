@@ -26,6 +26,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 ACTIVATIONS = ("memory", "disk")
 INPUT_ACTIVATIONS = ("none", "dynamic", "static")
 OBSERVERS = ("minmax", "percentile", "mse")
+SEARCH_LOSSES = ("layer", "module")
 DTYPES = ("float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -87,6 +88,8 @@ class SolverConfig:
     percentile: float = 99.99  # of |x|, for observer=percentile
     smoothquant: bool = False
     smoothquant_alpha: float | None = None  # null: searched for each norm
+    alpha_steps: int = 20  # awq: strengths of scaling that are tried before the best is refined
+    search_loss: str = "layer"  # awq: layer | module (by whose outputs scales are judged)
     lm_head: bool = False
     skip: list[str] = field(default_factory=list)  # besides the routers of experts, which always stay as they are
     overrides: list[OverrideConfig] = field(default_factory=list)
@@ -116,6 +119,8 @@ class VariantSolverConfig(SolverConfig):
     percentile: float = II("solver.percentile")
     smoothquant: bool = II("solver.smoothquant")
     smoothquant_alpha: float | None = II("solver.smoothquant_alpha")
+    alpha_steps: int = II("solver.alpha_steps")
+    search_loss: str = II("solver.search_loss")
     lm_head: bool = II("solver.lm_head")
     skip: list[str] = II("solver.skip")
     overrides: list[OverrideConfig] = II("solver.overrides")

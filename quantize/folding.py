@@ -99,7 +99,7 @@ def find_norms(
             # Any scales do; these differ from channel to channel and are far from 1.
             scales = torch.where(torch.arange(len(norm.weight), device=hidden.device) % 2 == 0, 0.5, 2.0)
             with _scaled(block, norm, layers, scales):
-                close = _close(module(inputs) * scales, module_output(module, inputs, norm)) and _close(
+                close = is_close(module(inputs) * scales, module_output(module, inputs, norm)) and is_close(
                     run_block(block, hidden, arguments) - hidden, before - hidden
                 )
             if close:
@@ -174,7 +174,7 @@ def _scaled(block: nn.Module, norm: Norm, layers: Sequence[str], scales: Tensor)
             parameter.data = norm_kept[name]
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def is_close(found: Tensor, expected: Tensor) -> bool:
     """Whether most tokens agree; outlier tokens must not hide the others' disagreement."""
     difference = (found - expected).float().flatten(0, -2).norm(dim=-1) / expected.float().flatten(0, -2).norm(dim=-1)
     return bool(difference.nan_to_num(0).median() < _TOLERANCE)

@@ -94,20 +94,21 @@ class Grid:
         """
         low = groups.amin(-1).clamp(max=0)
         high = groups.amax(-1).clamp(min=0)
-        best = self._params_from_range(low, high)
+        best = self.params_from_range(low, high)
         if not search_steps:
             return best
         least = self._weighted_error(groups, *best, weight)
         for step in range(1, search_steps + 1):
             shrink = 1 - search_range * step / search_steps
-            trial = self._params_from_range(low * shrink, high * shrink)
+            trial = self.params_from_range(low * shrink, high * shrink)
             error = self._weighted_error(groups, *trial, weight)
             better = error < least
             least = torch.where(better, error, least)
             best = (torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1]))
         return best
 
-    def _params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for values from ``low`` (at most 0) to ``high`` (at least 0), float32 of the same shape."""
         if self.symmetric:
             reach = torch.maximum(-low, high)
             scale = self.round_scale(2 * reach / self.maxq)

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,6 @@ from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
 from quantize.experts import is_router
 from quantize.files import atomic_directory
-from quantize.folding import Norm, find_norms
 from quantize.forwards import Stream, parallel_forward, rerun_forward, run_block, suspended_forward
 from quantize.grids import QuantizedTensor
 from quantize.group_solver import GroupSolver
@@ -26,6 +25,7 @@ from quantize.groups import find_groups
 from quantize.logs import progress
 from quantize.manifest import release_memory
 from quantize.run import Run, calibration_windows, needs_calibration, solver_options
+from quantize.scaling import BlockScaler, Scaling
 from quantize.solvers import SOLVERS, LayerProblem
 from quantize.statistics import Statistics
 from quantize.tuning import tune_block
@@ -148,25 +148,25 @@ class _BlockStep:
         self.layers = linear_layers(block)
         self.done: dict[str, QuantizedTensor] = {}
         self.dense: dict[str, Tensor] = {}
-        self.norms: dict[str, Norm] = {}
+        self.scaling = Scaling()
         self.without_input: list[str] = []
 
     def run(self) -> None:
         """Do all of it and write the block's file."""
-        steps = self.steps
+        steps, skip = self.steps, self.variant.solver.skip
+        arguments = steps.arguments[self.index]
+        observed = find_groups(self.block, self._look(range(steps.batches)), arguments)
+        groups = [[name for name in group if not skipped(self.prefix + name, skip)] for group in observed]
+        scaler = BlockScaler(
+            self.block, self.prefix, arguments, steps.solver, lambda name: self.walk.stored_dtype(self.prefix + name)
+        )
+        self.scaling = scaler.prepare(observed, groups, self._some)
+        self.dense |= self.scaling.dense
         reference = None
         if "reference" in steps.kinds:
             # Parameters are shared: a solved layer's weight is replaced in one block, not changed in both.
             twin = copy.deepcopy(self.block, {id(parameter): parameter for parameter in self.block.parameters()})
             reference = self._stream("reference", twin)
-        arguments = steps.arguments[self.index]
-        # A look at the inputs from disk: those kept in memory are handed out once.
-        inputs = (HiddenStates.read(self.states["quantized"].directory, i).to(self.walk.device) for i in range(steps.batches))
-        skip = self.variant.solver.skip
-        observed = find_groups(self.block, inputs, arguments)
-        groups = [[name for name in group if not skipped(self.prefix + name, skip)] for group in observed]
-        if steps.options.smoothquant:
-            self.norms = self._norms([group for group in groups if group in observed])
         # Before the forward: should the quantized block route a token to one of these, it meets its final weights.
         for name in _unreached(self.prefix, self.layers, groups, skip):
             self._solve([name], steps.solver.statistics())
@@ -187,15 +187,25 @@ class _BlockStep:
             lambda batch, hidden: self.following[kind].store(self.directory / kind, batch, hidden),
         )
 
-    def _norms(self, groups: list[list[str]]) -> dict[str, Norm]:
-        window = HiddenStates.read(self.states["quantized"].directory, 0)[:1].to(self.walk.device)
-        arguments = self.steps.arguments[self.index]
-        return find_norms(self.block, groups, window, arguments, lambda name: self.walk.stored_dtype(self.prefix + name))
+    def _look(self, batches: Iterable[int]) -> Iterator[Tensor]:
+        """Inputs of the quantized block from disk: those kept in memory are handed out once."""
+        return (HiddenStates.read(self.states["quantized"].directory, i).to(self.walk.device) for i in batches)
+
+    def _some(self, windows: int) -> Iterator[Tensor]:
+        """Batches of about as many windows, evenly spread."""
+        count = -(-windows // self.steps.per_batch)
+        return self._look(range(0, self.steps.batches, max(1, self.steps.batches // count)))
 
     def _solve(self, names: list[str], statistics: Statistics) -> None:
         if not statistics.count:
             self.without_input += [self.prefix + name for name in names]
-        solved = self.steps.solver.solve([self.prefix + name for name in names], statistics, self.norms.get(names[0]))
+        solved = self.steps.solver.solve(
+            [self.prefix + name for name in names],
+            statistics,
+            self.scaling.norms.get(names[0]),
+            self.scaling.owners.get(names[0]),
+            lambda name: self.scaling.weight(name.removeprefix(self.prefix), self.walk.weight(name)),
+        )
         for name, tensor in solved.layers.items():
             # The norm stays as it is until the forward is through, for its output is on its way already.
             weight = tensor.dequantize() if solved.scales is None else tensor.dequantize() / solved.scales

@@ -202,7 +202,7 @@ def export(run: Run, name: str, record: StepRecord) -> None:
             **solver,
             "quantizer": f"quantize:{__version__}",
             "device": str(run.device),
-            "desc_act": solver["desc_act"] and solver["name"] == "gptq",
+            "desc_act": solver["desc_act"] and "gptq" in solver["name"],
         },
     )
     with atomic_directory(run.artifact(name)) as directory:

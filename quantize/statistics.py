@@ -13,19 +13,28 @@ class Statistics:
     """Statistics of the inputs ``x`` of a group of layers; everything is accumulated in float32.
 
     The Hessian ``H = 2/n * sum(x x^T)`` (GPTQ, arXiv:2210.17323, section 3.1); where reference inputs are given, the drift
-    ``D = 2/n * sum((x_ref - x) x^T)``; the largest ``|x|`` of each column; and some of the inputs themselves.
+    ``D = 2/n * sum((x_ref - x) x^T)``; the largest and the mean ``|x|`` of each column; and some of the inputs themselves, as
+    single rows and, where wanted, as whole windows.
 
     Attributes:
         count: the number ``n`` of inputs so far. An expert's layers see only the tokens routed to it, perhaps none.
+        windows: kept windows ``[1, tokens, in_features]``, as they came.
     """
 
-    def __init__(self, second_order: bool = True) -> None:
-        """``second_order``: whether Hessian and drift are wanted, which cost a matrix product each."""
+    def __init__(self, second_order: bool = True, windows: int = 0) -> None:
+        """Start without inputs.
+
+        Args:
+            second_order: whether Hessian and drift are wanted, which cost a matrix product each.
+            windows: how many whole windows to keep, the first of each of the first batches.
+        """
         self.count = 0
-        self._second_order = second_order
+        self.windows: list[Tensor] = []
+        self._second_order, self._wanted = second_order, windows
         self._hessian: Tensor | None = None
         self._drift: Tensor | None = None
         self._maxima: Tensor | None = None
+        self._magnitudes: Tensor | None = None
         self._rows: list[Tensor] = []
 
     def add(self, inputs: Tensor, reference: Tensor | None = None) -> None:
@@ -34,8 +43,12 @@ class Statistics:
         columns = rows.shape[1]
         if self._second_order:
             self._add_products(rows, None if reference is None else reference.reshape(-1, columns).float())
-        maxima = rows.abs().amax(0) if len(rows) else rows.new_zeros(columns)
+        magnitudes = rows.abs()
+        maxima, total = magnitudes.amax(0) if len(rows) else rows.new_zeros(columns), magnitudes.sum(0)
         self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
+        self._magnitudes = total if self._magnitudes is None else self._magnitudes + total
+        if len(self.windows) < self._wanted and inputs.dim() == 3:
+            self.windows.append(inputs[:1].clone())
         self._rows.append(rows[:: max(1, len(rows) // _ROWS)].clone())
         self.count += rows.shape[0]
 
@@ -68,6 +81,12 @@ class Statistics:
         if self._maxima is None:
             raise ValueError("no inputs were added")
         return self._maxima
+
+    def means(self) -> Tensor:
+        """The mean magnitude of each column, float32 ``[in_features]``."""
+        if self._magnitudes is None or not self.count:
+            raise ValueError("no inputs were added")
+        return self._magnitudes / self.count
 
     def sample(self) -> Tensor:
         """Some of the inputs, evenly spread over those of each batch: float32 ``[rows, in_features]``."""

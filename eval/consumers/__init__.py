@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from eval.consumers import bitsandbytes_model, transformers_model
+from eval.consumers import awq_model, bitsandbytes_model, transformers_model
 from eval.consumers.base import Consumer
 
 CONSUMERS: dict[str, Consumer] = {
     "safetensors": transformers_model.CONSUMER,
     "gptq": transformers_model.CONSUMER,
+    "awq": awq_model.CONSUMER,
     "bitsandbytes": bitsandbytes_model.CONSUMER,
     "compressed-tensors": transformers_model.CONSUMER,
 }

@@ -78,6 +78,9 @@ def _from_pretrained(directory: Path, device: str, quantization: dict[str, Any])
     if method == "gptq":
         options["quantization_config"] = _gptq_backend(quantization)
         packages.append("gptqmodel")
+    elif method == "awq":
+        options["quantization_config"] = _awq_backend(quantization)
+        packages.append("gptqmodel")
     elif method == "compressed-tensors":
         _need_compressed_tensors()
         packages.append("compressed-tensors")
@@ -131,6 +134,15 @@ def _gptq_backend(quantization: dict[str, Any]) -> Any:
     except ImportError as error:
         raise InputError(f"loading a GPTQ checkpoint needs optimum and gptqmodel ({one_line(error)})") from error
     return GPTQConfig(bits=quantization["bits"], backend="torch")
+
+
+def _awq_backend(quantization: dict[str, Any]) -> Any:
+    try:
+        import gptqmodel  # noqa: F401
+        from transformers import AwqConfig
+    except ImportError as error:
+        raise InputError(f"loading an AWQ checkpoint needs gptqmodel ({one_line(error)})") from error
+    return AwqConfig(bits=quantization["bits"], group_size=quantization["group_size"], backend="torch_awq")
 
 
 def _need_compressed_tensors() -> None:

@@ -20,7 +20,8 @@ class SolverOptions:
         act_group_aware: groups are consecutive columns; whole groups are ordered by importance, and columns inside a group.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean.
         block_size: columns quantized before their error is passed on to the rest in one matrix product.
-        search_steps: candidates of the Hessian-weighted scale search besides the min-max range; 0 takes min-max.
+        search_steps: candidates of the Hessian-weighted scale search (AWQ: of clipping) besides the min-max range; 0 takes
+            min-max.
         search_range: the largest shrinkage of the range that is tried, in [0, 1).
         gptaq_alpha: share of the inputs' error that the weights are to make good, 0 (none) to 1 (all).
         tune_epochs: passes over the calibration windows in which a block's scales and norms are tuned together.
@@ -29,6 +30,9 @@ class SolverOptions:
         percentile: for ``observer=percentile``.
         smoothquant: scale norms and the layers behind them so that inputs are easier to quantize (:mod:`quantize.smoothing`).
         smoothquant_alpha: its strength; None searches.
+        alpha_steps: strengths of AWQ's scaling that are tried before the best is refined.
+        search_loss: what AWQ's scales are judged by: ``layer``, the outputs of the layers that are scaled, or ``module``,
+            those of the attention or MLP that owns them.
     """
 
     desc_act: bool = True
@@ -45,6 +49,8 @@ class SolverOptions:
     percentile: float = 99.99
     smoothquant: bool = False
     smoothquant_alpha: float | None = None
+    alpha_steps: int = 20
+    search_loss: str = "layer"
 
 
 @dataclass
@@ -71,6 +77,31 @@ class LayerProblem:
     tokens: int | None = None
 
 
+@dataclass
+class ScaleProblem:
+    """Linear layers that share one input whose channels may be scaled, and what the scales are to be judged by.
+
+    Attributes:
+        weights: float32 ``[out_features, in_features]`` each, not scaled yet.
+        grids: the grid of each.
+        hessian: float32 ``[in_features, in_features]``, ``2/n * sum(x x^T)``.
+        means: mean magnitude of each input, float32 ``[in_features]``.
+        options: the solver's options.
+        rounded: gives the scales that remain once they are folded into what is stored in 16 bits; may raise ValueError where
+            they do not fit.
+        outputs: gives the squared error ``[candidates]`` of the outputs of the module that owns the layers, for weights
+            ``[candidates, out_features, in_features]`` of each; None: the layers' own outputs count.
+    """
+
+    weights: list[Tensor]
+    grids: list[Grid]
+    hessian: Tensor
+    means: Tensor
+    options: SolverOptions
+    rounded: Callable[[Tensor], Tensor] = lambda scales: scales
+    outputs: Callable[[list[Tensor]], Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class Solver:
     """A registry entry.
@@ -82,6 +113,9 @@ class Solver:
         container: the only container for what this solver stands for, whose program chooses the numbers as the artifact is
             written; None where :attr:`solve` chooses them.
         bits: the only bits there are; None where the recipe says.
+        find_scales: gives the scales of a group's inputs ``[in_features]`` and their strength (None: unscaled); None where the
+            solver does not scale.
+        makes_good: whether it uses :attr:`LayerProblem.drift`.
     """
 
     quantizes: bool
@@ -89,3 +123,5 @@ class Solver:
     solve: Callable[[LayerProblem], list[QuantizedTensor]]
     container: str | None = None
     bits: int | None = None
+    find_scales: Callable[[ScaleProblem], tuple[Tensor, float | None]] | None = None
+    makes_good: bool = False

@@ -232,4 +232,4 @@ def feed_back(
     return codes.t(), scales.t(), zeros.t(), loss
 
 
-SOLVER = Solver(quantizes=True, needs_calibration=True, solve=solve)
+SOLVER = Solver(quantizes=True, needs_calibration=True, solve=solve, makes_good=True)

@@ -49,8 +49,8 @@ Layer = tuple[Tensor, list[Tensor]]  # weight [out, in], inputs [tokens, in] in 
 class WiderGrid(Grid):
     """No weight lies half way between two codes just because it is the group's extreme."""
 
-    def _params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero = super()._params_from_range(low, high)
+    def params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = super().params_from_range(low, high)
         return scale * WIDER, zero
 
 
