@@ -34,7 +34,7 @@ $(VENV)/.reference: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[reference]'
 	touch $@
 
-test-reference: $(VENV)/.reference  ## our GPTQ against AutoGPTQ's own code (minutes; fetches the demo model)
+test-reference: $(VENV)/.reference  ## our GPTQ and AWQ against AutoGPTQ's and AutoAWQ's own code (minutes; fetches the demo model)
 	$(BIN)/python -m pytest tests/quantize/solvers -m reference $(ARGS)
 
 bench: $(VENV)/.base  ## time and memory of GPTQ on this machine

@@ -174,6 +174,38 @@ def _load(package: str, module: str) -> Any:
     return importlib.import_module(f"{alias}.{module}")
 
 
+@pytest.fixture
+def auto_awq() -> Callable[[str], Any]:
+    """A function that gives one of AutoAWQ's modules by its full name, without running any ``__init__``.
+
+    Skips the test where AutoAWQ is not installed.
+    """
+    return _load_awq
+
+
+_AWQ_PACKAGES = ("awq", "awq.utils", "awq.quantize", "awq.modules", "awq.modules.linear")
+
+
+def _load_awq(module: str) -> Any:
+    spec = importlib.util.find_spec("awq") if "awq" not in sys.modules else sys.modules["awq"].__spec__
+    if spec is None or spec.origin is None:
+        pytest.skip("needs AutoAWQ: `make test-reference`, or pip install -e '.[reference]'")
+    root = Path(spec.origin).parent
+    for name in _AWQ_PACKAGES:
+        if name not in sys.modules:
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [str(root.joinpath(*name.split(".")[1:]))]
+            sys.modules[name].__spec__ = spec if name == "awq" else None
+    if module == "awq.quantize.quantizer":
+        # What it imports of the other kernels and of folding, beside which transformers 5 lacks a class, is not called.
+        linear, scale = sys.modules["awq.modules.linear"], types.ModuleType("awq.quantize.scale")
+        for name in ("GEMM", "GEMV", "Marlin", "GEMVFast"):
+            linear.__dict__[f"WQLinear_{name}"] = None
+        scale.__dict__.update(apply_scale=None, apply_clip=None)
+        sys.modules["awq.quantize.scale"] = scale
+    return importlib.import_module(module)
+
+
 _SYMMETRIC = {"num_bits": 8, "type": "int", "symmetric": True}
 _ACTIVATIONS: dict[str, dict[str, Any] | None] = {
     "none": None,

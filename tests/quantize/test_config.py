@@ -169,6 +169,8 @@ def test_every_solver_field_is_inherited() -> None:
         "percentile": "99.0",
         "smoothquant": "true",
         "smoothquant_alpha": "0.5",
+        "alpha_steps": "10",
+        "search_loss": "module",
         "lm_head": "true",
         "overrides": "[{match: x, bits: 8}]",
         "damp_percent": "0.5",
@@ -189,7 +191,19 @@ def test_a_variant_can_be_set_on_the_command_line() -> None:
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    assert SHIPPED == ["demo", "fp16", "gptq", "gptq_7b", "gptq_ablation", "int8", "llm_int8", "nf4", "precisions"]
+    assert SHIPPED == [
+        "awq",
+        "awq_7b",
+        "demo",
+        "fp16",
+        "gptq",
+        "gptq_7b",
+        "gptq_ablation",
+        "int8",
+        "llm_int8",
+        "nf4",
+        "precisions",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -204,6 +218,12 @@ def test_recipes_hold_what_they_promise() -> None:
     large = recipe("gptq_7b")
     assert (large.calibration.source, large.calibration.num_samples, large.calibration.seq_len) == ("c4", 128, 2048)
     assert (large.solver.bits, large.solver.group_size, large.calibration.activations) == (4, 128, "disk")
+    large = recipe("awq_7b")
+    assert (large.calibration.source, large.calibration.num_samples, large.calibration.seq_len) == ("pile", 128, 512)
+    assert (large.solver.name, large.solver.bits, large.solver.group_size) == ("awq", 4, 128)
+    assert large.variants["awq"].container == "awq"
+    both = recipe("awq", "solver=awq+gptq").variants["awq"].solver
+    assert (both.name, both.static_groups) == ("awq+gptq", True)
     int8 = recipe("int8").variants["int8"].solver
     assert (int8.name, int8.bits, int8.group_size, int8.symmetric) == ("rtn", 8, -1, True)
     for name, variant, bits in (("llm_int8", "llm-int8", 8), ("nf4", "nf4", 4)):
