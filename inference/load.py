@@ -1,7 +1,7 @@
 """From an artifact directory to a :class:`~inference.model.Model`: which stored tensors make which layer.
 
 Read are dense safetensors, compressed-tensors ``int-quantized`` (int8 weights; activations left alone, dynamic per token, or
-static per tensor) and ``pack-quantized``, and GPTQ. Codes of other grids than symmetric 8 bits are dequantized once, here.
+static per tensor) and ``pack-quantized``, GPTQ and AWQ. Codes of other grids than symmetric 8 bits are dequantized once, here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import exports.awq
 import exports.compressed_tensors
 import exports.gptq
 from exports.shards import read_shards
@@ -98,12 +99,12 @@ def load(directory: Path, options: LoadOptions | None = None) -> Model:
 
 
 def _read(directory: Path, quantization: dict[str, Any]) -> tuple[dict[str, Tensor], Int8Scheme | None]:
-    """All stored tensors by name; GPTQ layers' codes turned into weights, int8 codes as they are."""
+    """All stored tensors by name; GPTQ and AWQ layers' codes turned into weights, int8 codes as they are."""
     method = quantization.get("quant_method")
     if not method:
         return read_shards(directory), None
-    if method == "gptq":
-        layers, tensors = exports.gptq.read(directory)
+    if method in ("gptq", "awq"):
+        layers, tensors = (exports.gptq if method == "gptq" else exports.awq).read(directory)
         for name, layer in layers.items():
             tensors |= _decoded(name, layer)
         return tensors, None
@@ -115,8 +116,8 @@ def _read(directory: Path, quantization: dict[str, Any]) -> tuple[dict[str, Tens
     if method == "compressed-tensors":
         return read_shards(directory), int8_scheme(directory / "config.json", quantization)
     raise InputError(
-        f"{directory}/config.json: quant_method={method!r} is not read by the engine; it reads gptq, compressed-tensors and "
-        "unquantized directories"
+        f"{directory}/config.json: quant_method={method!r} is not read by the engine; it reads gptq, awq, compressed-tensors "
+        "and unquantized directories"
     )
 
 
