@@ -21,7 +21,7 @@ MakeCheckpoint = Callable[..., Path]
 ARTIFACTS = "stages=[load,calibrate,quantize,export]"
 # With 8 bits, what rounding changes is small against what a wrong fold would change.
 FINE = ["variants.awq.container=compressed-tensors", "solver.bits=8"]
-SMALL = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = {"vocab_size": 304, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,11 @@ def test_an_artifact_is_the_model_with_norms_and_layers_scaled(
 
 def test_awq_is_nearer_to_the_model_than_rounding(awq: list[str], cli: Cli, tmp_path: Path, tiny_llama: Path) -> None:
     errors = {}
-    for solver in ("rtn", "awq", "awq+gptq"):
+    for solver in ("rtn", "awq"):
         assert cli(*awq, f"solver={solver}", f"output_dir={tmp_path / solver}")[0] == 0
         before = logits(tiny_llama)
         errors[solver] = float((logits(tiny_llama, tmp_path / solver) - before).norm() / before.norm())
-    assert errors["awq+gptq"] < errors["awq"] < errors["rtn"], errors
+    assert errors["awq"] < 0.9 * errors["rtn"], errors
 
 
 def test_every_container_holds_the_same_numbers(awq: list[str], cli: Cli, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_other_ways_of_running_keep_the_function(
 FAMILIES = {
     "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2, intermediate_size=128, max_position_embeddings=2048),
     "opt": OPTConfig(**SMALL, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=2048),
-    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=2048),
+    "gpt2": GPT2Config(vocab_size=304, n_embd=64, n_layer=2, n_head=4, n_positions=2048),
 }
 
 
