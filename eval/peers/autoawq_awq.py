@@ -3,6 +3,10 @@
 Its own defaults (20 strengths, duo scaling, clipping) on all calibration windows. As with llm-compressor, two things are in its
 favour: calibration runs in float32, because float16 matrix products are slow and coarse on most CPUs, and the artifact is
 written in float16 nonetheless, as the checkpoint is.
+
+It needs one patch on a CPU. ``Tensor.cpu`` is how it copies what it is about to change in place: the weights that every
+candidate scales, and the inputs of layers that share one. On a CPU ``cpu()`` gives the tensor itself, candidates then scale
+each other's weights, and the result is noise. Here it copies, as it does on a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from eval.peers.record import PeerJob
 
 def quantize(job: PeerJob) -> None:
     """Quantize ``job.model`` on ``job.windows`` and save the artifact."""
+    torch.Tensor.cpu = torch.Tensor.clone  # type: ignore[assignment,method-assign]
     windows = load_file(job.windows)["windows"]
     model = AutoAWQForCausalLM.from_pretrained(str(job.model), torch_dtype=torch.float32)
     grid = {"zero_point": not job.symmetric, "q_group_size": job.group, "w_bit": job.bits, "version": "GEMM"}

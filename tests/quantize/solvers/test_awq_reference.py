@@ -57,8 +57,14 @@ def quantizer(auto_awq: AutoAWQ, group_size: int = 64) -> Any:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _cpu_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAWQ relies on ``Tensor.cpu`` making a copy of weights that it goes on to change, which it does not on a CPU."""
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)
+
+
 def weights_of(layers: list[nn.Module]) -> list[Tensor]:
-    return [layer.get_parameter("weight").detach().float() for layer in layers]
+    return [layer.get_parameter("weight").detach().float().clone() for layer in layers]
 
 
 @pytest.mark.parametrize("seed", range(10))
