@@ -6,11 +6,13 @@ written in float16 nonetheless, as the checkpoint is.
 
 It needs one patch on a CPU. ``Tensor.cpu`` is how it copies what it is about to change in place: the weights that every
 candidate scales, and the inputs of layers that share one. On a CPU ``cpu()`` gives the tensor itself, candidates then scale
-each other's weights, and the result is noise. Here it copies, as it does on a GPU.
+each other's weights, and the result is noise. Here it copies, as it does on a GPU. And the transformers it was last tested
+with does not know where newer ones keep the base of the rotary embedding: it is told.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 
@@ -25,7 +27,9 @@ def quantize(job: PeerJob) -> None:
     """Quantize ``job.model`` on ``job.windows`` and save the artifact."""
     torch.Tensor.cpu = torch.Tensor.clone  # type: ignore[assignment,method-assign]
     windows = load_file(job.windows)["windows"]
-    model = AutoAWQForCausalLM.from_pretrained(str(job.model), torch_dtype=torch.float32)
+    rotary = json.loads((job.model / "config.json").read_text()).get("rope_parameters") or {}
+    known = {key: value for key, value in rotary.items() if key == "rope_theta"}
+    model = AutoAWQForCausalLM.from_pretrained(str(job.model), torch_dtype=torch.float32, **known)
     grid = {"zero_point": not job.symmetric, "q_group_size": job.group, "w_bit": job.bits, "version": "GEMM"}
     model.quantize(
         quant_config=grid,
