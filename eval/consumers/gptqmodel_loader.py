@@ -1,4 +1,4 @@
-"""GPTQModel's own loader, for GPTQ checkpoints that transformers cannot load through optimum.
+"""GPTQModel's own loader, for GPTQ and AWQ checkpoints that transformers cannot load by itself.
 
 Optimum puts the same kernel on the same bits everywhere inside the decoder blocks. Checkpoints with several grids
 (``dynamic``), a quantized ``lm_head`` or mixture-of-experts layers need GPTQModel itself; vLLM reads the same fields.
@@ -18,7 +18,7 @@ from quantize.errors import InputError, one_line
 
 
 def needed(directory: Path, quantization: dict[str, Any]) -> bool:
-    """Whether transformers alone would misread the GPTQ checkpoint in ``directory``."""
+    """Whether transformers alone would misread the GPTQ or AWQ checkpoint in ``directory``."""
     mixed = any(not pattern.startswith("-:") for pattern in quantization.get("dynamic") or {})
     return mixed or bool(quantization.get("lm_head")) or _has_experts(directory)
 
@@ -34,7 +34,7 @@ def _has_experts(directory: Path) -> bool:
     return any(re.search(r"\bexperts\.\d+\..*\.qweight$", name) for name in names)
 
 
-def load(directory: Path, device: str) -> Any:
+def load(directory: Path, device: str, method: str = "gptq") -> Any:
     """The transformers model inside GPTQModel's wrapper, on its plain torch kernel, in float16.
 
     Raises:
@@ -43,11 +43,15 @@ def load(directory: Path, device: str) -> Any:
     try:
         from gptqmodel import BACKEND, GPTQModel
     except ImportError as error:
-        raise InputError(f"loading this GPTQ checkpoint needs gptqmodel ({one_line(error)})") from error
+        raise InputError(f"loading this {method.upper()} checkpoint needs gptqmodel ({one_line(error)})") from error
     try:
         # Its default on CPU is bfloat16, which loses three bits of the scales.
         wrapper = GPTQModel.load(
-            str(directory), backend=BACKEND.GPTQ_TORCH, device=device, dtype=torch.float16, trust_remote_code=False
+            str(directory),
+            backend=BACKEND[f"{method.upper()}_TORCH"],
+            device=device,
+            dtype=torch.float16,
+            trust_remote_code=False,
         )
     except (ImportError, ValueError, OSError, KeyError, RuntimeError, NotImplementedError, TypeError) as error:
         raise InputError(f"GPTQModel does not load {directory}: {one_line(error)}") from error

@@ -50,8 +50,9 @@ def load(directory: Path, device: str) -> TransformersArtifact:
     if not config_file.exists():
         raise InputError(f"{directory} is no model directory: it has no config.json")
     quantization = read_json(config_file).get("quantization_config") or {}
-    if quantization.get("quant_method") == "gptq" and gptqmodel_loader.needed(directory, quantization):
-        model, packages = gptqmodel_loader.load(directory, device), ["gptqmodel"]
+    method = quantization.get("quant_method")
+    if method in ("gptq", "awq") and gptqmodel_loader.needed(directory, quantization):
+        model, packages = gptqmodel_loader.load(directory, device, method), ["gptqmodel"]
     else:
         model, packages = _from_pretrained(directory, device, quantization)
     try:

@@ -7,6 +7,7 @@ evaluation has it.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from eval.consumers import CONSUMERS
 from exports.awq import read
@@ -40,45 +41,73 @@ def write_logits(ids_file: Path, output: Path, artifacts: list[Path]) -> None:
 
 
 @torch.no_grad()
-def reference(artifact: Path, model_path: Path, ids: Tensor) -> Tensor:
-    """Logits of the original model with this project's reading of the artifact put in, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+def reference(artifact: Path, model_path: Path, folder: Path, ids: Tensor) -> Tensor:
+    """Logits, in float32, of the original model with this project's reading of the artifact in the place of its weights."""
     layers, dense = read(artifact)
-    for name, tensor in layers.items():
-        model.get_submodule(name).weight.copy_(tensor.dequantize())
-    for name, value in dense.items():
-        model.get_parameter(name).copy_(value)
+    stored = {name: tensor.float() for name, tensor in dense.items()}
+    stored |= {f"{name}.weight": tensor.dequantize() for name, tensor in layers.items()}
+    folder.mkdir()
+    shutil.copy(model_path / "config.json", folder)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found: Tensor = model(ids, use_cache=False).logits
     return found
 
 
-@pytest.fixture(scope="module")
-def ids() -> Tensor:
-    return torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(1))
+@pytest.fixture
+def experts(tmp_path: Path, make_checkpoint: Callable[..., Path], tiny_llama: Path) -> Path:
+    """A tiny mixture of experts."""
+    config = Qwen3MoeConfig(
+        vocab_size=304,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=2048,
+    )
+    model = make_checkpoint(tmp_path / "model", config)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, model)
+    return model
 
 
-@pytest.mark.parametrize("settings", [[], ["solver.skip=[down_proj, 'layers\\.1\\.self_attn\\.q_proj']"]])
 def test_transformers_computes_with_the_weights_this_project_means(
-    settings: list[str], small_run: list[str], cli: Cli, ids: Tensor, tiny_llama: Path, tmp_path: Path
+    small_run: list[str], cli: Cli, tiny_llama: Path, experts: Path, tmp_path: Path
 ) -> None:
-    run = ["recipe=awq", *small_run, *settings, "stages=[load,calibrate,quantize,export]", f"output_dir={tmp_path / 'run'}"]
-    code, _, err = cli(*run)
-    assert code == 0, err
-    artifact = tmp_path / "run" / "variants" / "awq"
+    ids = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(1))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    cases = {
+        "plain": (tiny_llama, []),
+        "skipped": (tiny_llama, ["solver.skip=[down_proj, 'layers\\.1\\.self_attn\\.q_proj']"]),
+        "experts": (experts, []),  # through GPTQModel's own loader
+    }
+    artifacts = {}
+    for name, (model, settings) in cases.items():
+        run = ["recipe=awq", *small_run, f"model.path={model}", *settings, "stages=[load,calibrate,quantize,export]"]
+        code, _, err = cli(*run, f"output_dir={tmp_path / 'run'}")
+        assert code == 0, err
+        artifacts[name] = (tmp_path / "run" / "variants" / "awq").rename(tmp_path / name)
+        shutil.rmtree(tmp_path / "run")
     result = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors"), str(artifact)],
+        [sys.executable, __file__, *map(str, (tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"))]
+        + [str(artifact) for artifact in artifacts.values()],
         env={**os.environ, "PYTHONPATH": str(PROJECT), **CONSUMERS["awq"].environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "gptqmodel" in result.stdout
-    found, expected = load_file(tmp_path / "logits.safetensors"), reference(artifact, tiny_llama, ids)
-    torch.testing.assert_close(found["awq.evaluated"], expected, atol=1e-4, rtol=1e-4)
-    # In 16 bits, as a user has it: the same but for rounding.
-    assert float((found["awq.plain"] - expected).norm() / expected.norm()) < 0.01
+    assert result.stdout.count("gptqmodel") >= 3
+    found = load_file(tmp_path / "logits.safetensors")
+    for name, (model, _) in cases.items():
+        expected = reference(artifacts[name], model, tmp_path / f"{name}-dense", ids)
+        torch.testing.assert_close(found[f"{name}.evaluated"], expected, atol=1e-4, rtol=1e-4)
+        # In 16 bits, as a user has it: the same but for rounding.
+        assert float((found[f"{name}.plain"] - expected).norm() / expected.norm()) < 0.02, name
 
 
 if __name__ == "__main__":
