@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-import exports.gptq
 from exports import CONTAINERS
 from exports.base import Artifact
 from inference.engine import Engine
@@ -109,15 +108,16 @@ def test_prefill_and_decode_of_int8_agree(dense: Path, make_int8: MakeInt8, tmp_
     assert float(difference.median()) < 1e-4
 
 
-def test_gptq_gives_the_logits_of_its_dequantized_weights(dense: Path, tmp_path: Path, make_checkpoint: Any) -> None:
+@pytest.mark.parametrize("container", ["gptq", "awq"])
+def test_codes_give_the_logits_of_their_dequantized_weights(container: str, dense: Path, tmp_path: Path) -> None:
     grid, stored = Grid(4, 32, symmetric=False), load_file(dense / "model.safetensors")
     layers = {name.removesuffix(".weight"): stored.pop(name) for name in list(stored) if name.endswith("_proj.weight")}
     quantized = {name: quantize_nearest(weight, grid) for name, weight in layers.items()}
-    artifact = tmp_path / "gptq"
+    artifact = tmp_path / container
     artifact.mkdir()
     config = json.loads((dense / "config.json").read_text())
     grids = dict.fromkeys(quantized, grid)
-    exports.gptq.write(artifact, Artifact(config, stored.items(), quantized.items(), grid, (), {}, grids))
+    CONTAINERS[container].write(artifact, Artifact(config, stored.items(), quantized.items(), grid, (), {}, grids))
     shutil.copytree(dense, tmp_path / "rounded")
     rounded = stored | {f"{name}.weight": tensor.dequantize() for name, tensor in quantized.items()}
     save_file(rounded, tmp_path / "rounded" / "model.safetensors", metadata={"format": "pt"})
@@ -192,7 +192,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing field": (lambda c: c.pop("num_hidden_layers"), r"has no num_hidden_layers"),
     "sizes": (lambda c: c.update(vocab_size=301), r"embed_tokens.weight is \[300, 64\].*vocab_size=301"),
     "layers": (lambda c: c.update(num_hidden_layers=3), r"lacks the tensor model.layers.2.input_layernorm.weight"),
-    "method": (lambda c: c["quantization_config"].update(quant_method="awq"), r"quant_method='awq' is not read"),
+    "method": (lambda c: c["quantization_config"].update(quant_method="exl2"), r"quant_method='exl2' is not read"),
     "format": (lambda c: c["quantization_config"].update(format="float-quantized"), r"use format='int-quantized'"),
     "cache": (lambda c: c["quantization_config"].update(kv_cache_scheme={"num_bits": 8}), r"kv_cache_scheme is not supported"),
     "no groups": (lambda c: c["quantization_config"].pop("config_groups"), r"no config_groups"),
