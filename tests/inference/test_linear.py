@@ -17,6 +17,7 @@ from inference.linear import (
     Int8WeightOnlyLinear,
     PackedLinear,
     SideBySide,
+    digits,
     half_stored_fits,
     int8_matmul,
     int8_matmul_padded,
@@ -113,8 +114,17 @@ def test_the_bfloat16_weight_only_kernel_stays_within_bfloat16(tokens: int, rows
 
 
 @given(problems(groups=False))
+def test_digits_are_the_inputs_to_24_bits(problem: dict[str, Any]) -> None:
+    x = problem["x"]
+    parts, scale = digits(x)
+    whole = (parts.double() * torch.tensor([65536.0, 256.0, 1.0], dtype=torch.float64).view(3, 1, 1)).sum(0) * scale.double()
+    largest = x.double().abs().amax(-1, keepdim=True)
+    assert parts.dtype == torch.int8
+    assert bool(((whole - x.double()).abs() <= 2**-23 * largest).all())
+
+
+@given(problems(groups=False))
 def test_rows_are_quantized_as_compressed_tensors_does(problem: dict[str, Any]) -> None:
-    pytest.importorskip("compressed_tensors", reason="needs the `peers` extra")
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
