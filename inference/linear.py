@@ -20,7 +20,7 @@ _TINY = torch.finfo(torch.float32).tiny
 _CHUNK_WEIGHTS = 1 << 18  # codes widened at a time: 1 MiB of float32 stays in a core's cache
 _FEW_ROWS = 8  # up to here a weight-only layer multiplies digits; beyond, it widens its codes once for all rows
 _LEAST = torch.tensor(_TINY)
-_REACH, _REACH_3 = torch.tensor(127.5), torch.tensor(127 * (65536 + 256 + 1.0))
+_REACH, _REACH_3 = torch.tensor(127.5), torch.tensor(127 * 65536.0)
 _PLACES = torch.tensor([65536.0, 256.0, 1.0]).view(3, 1, 1)
 
 
@@ -76,7 +76,7 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
     whole = x.div(scale).round_().to(torch.int32)
     parts = []
     for _ in range(2):
-        part = whole.to(torch.int8)  # the lowest byte, with its sign
+        part = whole.bitwise_left_shift(24).bitwise_right_shift_(24).to(torch.int8)  # the lowest byte, with its sign
         parts.append(part)
         whole = whole.sub_(part).bitwise_right_shift_(8)
     return torch.stack([whole.to(torch.int8), *reversed(parts)]), scale

@@ -105,7 +105,10 @@ class GroupSolver:
         maxima, sample = statistics.maxima(), statistics.sample()
         if scales is not None:
             maxima, sample = maxima / scales, sample / scales
-        return fixed_step(maxima, sample, self.options.observer, self.options.percentile)
+        step = fixed_step(maxima, sample, self.options.observer, self.options.percentile)
+        # Rounded like the weights' scales: consumers hold both in one type.
+        grid = self.run.grid(self.variant, names[0])
+        return grid.round_scale(step).to(grid.scale_dtype)
 
 
 def _rescaled(matrix: Tensor | None, scales: Tensor | None) -> Tensor | None:

@@ -42,14 +42,15 @@ variants:
   bits3: {solver: {name: rtn, bits: 3}}
   bits8: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}}
   w8a16: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}, container: compressed-tensors}
-  w4a16: {solver: {name: rtn, bits: 4}, container: compressed-tensors}
+  w4a16: {solver: {name: rtn, bits: 4, symmetric: true}, container: compressed-tensors}
+  asymmetric: {solver: {name: rtn, bits: 4}, container: compressed-tensors}
   w8a8:
     solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: dynamic}
     container: compressed-tensors
   w8a8-static:
     solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: static, smoothquant: true}
     container: compressed-tensors
-  bf16: {solver: {name: rtn, bits: 4}, container: compressed-tensors, dtype: bfloat16}
+  bf16: {solver: {name: rtn, bits: 3, symmetric: true}, container: compressed-tensors, dtype: bfloat16}
   skipped: {solver: {skip: [down_proj, 'layers\.1\.self_attn\.q_proj']}}
 """
 VARIANTS = ("dense", "gptq", "no-order", "symmetric", "bits2", "bits3", "w8a16", "w4a16", "w8a8", "w8a8-static", "bf16")
@@ -164,6 +165,14 @@ def test_the_consumer_computes_with_the_weights_this_project_means(
 ) -> None:
     expected = reference_logits(artifacts / name, tiny_llama, ids[:1])
     torch.testing.assert_close(consumed[f"{name}.logits"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_asymmetric_compressed_tensors_are_loaded_decoded(artifacts: Path, ids: Tensor, tiny_llama: Path) -> None:
+    consumer = CONSUMERS["compressed-tensors"]
+    loaded = consumer.for_evaluation(consumer.load(artifacts / "asymmetric", "cpu"))
+    expected = reference_logits(artifacts / "asymmetric", tiny_llama, ids[:1])
+    # The decoded weights are float16, as the checkpoint is.
+    torch.testing.assert_close(loaded.logits(ids[:1]), expected, atol=1e-2, rtol=0)
 
 
 def test_the_comparison_tells_artifacts_apart(artifacts: Path, ids: Tensor, consumed: dict[str, Tensor]) -> None:
