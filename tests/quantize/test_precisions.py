@@ -106,7 +106,8 @@ def test_smoothing_changes_norms_and_not_the_function(
         behind_norm = not name.endswith(("o_proj", "down_proj"))
         assert bool((error <= 0.6 * steps).all()) != behind_norm or (solver == "gptq" and not behind_norm), name
     before, after = logits(tiny_llama), logits(tiny_llama, artifact)
-    assert float((after - before).norm() / before.norm()) < 0.02
+    # Eight bits cost two percent here; a norm without its layers, or layers without their norm, several tens.
+    assert float((after - before).norm() / before.norm()) < 0.05
 
 
 def test_a_smoothed_run_tuned_and_spilled_gives_the_bytes_of_one_in_memory(w8a8: list[str], cli: Cli, tmp_path: Path) -> None:
