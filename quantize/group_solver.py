@@ -47,7 +47,8 @@ class GroupSolver:
     def __init__(self, run: Run, variant: VariantConfig) -> None:
         self.run, self.variant = run, variant
         self.solver, self.options = SOLVERS[variant.solver.name], solver_options(run.config, variant)
-        self.statistics = functools.partial(Statistics, self.solver.needs_calibration)
+        scaled_by_inputs = self.options.smoothquant or self.options.input_activations == "static"
+        self.statistics = functools.partial(Statistics, self.solver.needs_calibration, scaled_by_inputs)
 
     def solve(self, names: list[str], statistics: Statistics, norm: Norm | None = None) -> Solved:
         """Quantize layers that share an input; without statistics, to nearest.

@@ -13,16 +13,22 @@ class Statistics:
     """Statistics of the inputs ``x`` of a group of layers; everything is accumulated in float32.
 
     The Hessian ``H = 2/n * sum(x x^T)`` (GPTQ, arXiv:2210.17323, section 3.1); where reference inputs are given, the drift
-    ``D = 2/n * sum((x_ref - x) x^T)``; the largest ``|x|`` of each column; and some of the inputs themselves.
+    ``D = 2/n * sum((x_ref - x) x^T)``; and where they are wanted, the largest ``|x|`` of each column and some of the inputs
+    themselves.
 
     Attributes:
         count: the number ``n`` of inputs so far. An expert's layers see only the tokens routed to it, perhaps none.
     """
 
-    def __init__(self, second_order: bool = True) -> None:
-        """``second_order``: whether Hessian and drift are wanted, which cost a matrix product each."""
+    def __init__(self, second_order: bool = True, first_order: bool = False) -> None:
+        """Only what is wanted is collected.
+
+        Args:
+            second_order: Hessian and drift, which cost a matrix product each.
+            first_order: the largest magnitudes, and some of the inputs.
+        """
         self.count = 0
-        self._second_order = second_order
+        self._second_order, self._first_order = second_order, first_order
         self._hessian: Tensor | None = None
         self._drift: Tensor | None = None
         self._maxima: Tensor | None = None
@@ -34,9 +40,10 @@ class Statistics:
         columns = rows.shape[1]
         if self._second_order:
             self._add_products(rows, None if reference is None else reference.reshape(-1, columns).float())
-        maxima = rows.abs().amax(0) if len(rows) else rows.new_zeros(columns)
-        self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
-        self._rows.append(rows[:: max(1, len(rows) // _ROWS)].clone())
+        if self._first_order:
+            maxima = rows.abs().amax(0) if len(rows) else rows.new_zeros(columns)
+            self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
+            self._rows.append(rows[:: max(1, len(rows) // _ROWS)].clone())
         self.count += rows.shape[0]
 
     def _add_products(self, rows: Tensor, reference: Tensor | None) -> None:
