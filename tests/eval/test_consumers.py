@@ -7,12 +7,12 @@ Those imports want variables set before the process starts, and take seconds, so
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -121,30 +121,17 @@ def reference_logits(artifact: Path, model_path: Path, ids: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_recipe: Callable[..., Path]) -> Path:
     """A run directory's artifacts, one for each kind of grid."""
-    from quantize.__main__ import main
-
-    folder = tmp_path_factory.mktemp("consumers")
-    (folder / "recipe").mkdir()
-    (folder / "recipe" / "grids.yaml").write_text(RECIPE)
-    arguments = [
-        f"--config-dir={folder}",
-        "recipe=grids",
+    settings = [
         f"model.path={tiny_llama}",
-        f"output_dir={folder / 'run'}",
         "calibration.num_samples=8",
         "calibration.seq_len=64",
         "solver.group_size=32",
         "quality=fast",
         "stages=[load,calibrate,quantize,export]",
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["quantize", *arguments])
-        patch.setattr(logging.getLogger(), "handlers", [])
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        assert main() == 0
-    return folder / "run" / "variants"
+    return run_recipe(tmp_path_factory.mktemp("consumers"), RECIPE, *settings) / "variants"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from exports import CONTAINERS
 from quantize.files import sha256_file
@@ -138,21 +138,10 @@ def test_a_static_range_that_nothing_tells_is_refused(
     tmp_path: Path,
     make_checkpoint: Callable[..., Path],
     close_expert: Callable[[Path, int], None],
+    moe_config: Callable[..., PretrainedConfig],
     tiny_llama: Path,
 ) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=300,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-    )
-    model = make_checkpoint(tmp_path / "model", config)
+    model = make_checkpoint(tmp_path / "model", moe_config(num_experts=8))
     close_expert(model, 5)
     for file in tiny_llama.glob("tokenizer*"):
         (model / file.name).write_bytes(file.read_bytes())
