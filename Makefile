@@ -9,7 +9,9 @@ PEER_AWQ := .venv-autoawq
 CALIBRATION ?=
 TEXT ?=
 
-.PHONY: demo test test-slow test-reference lint format bench bench-gptq bench-awq profile-gptq peers clean
+PRECISIONS := artifacts/precisions/variants
+
+.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq profile-gptq peers clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +25,13 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base  ## make, prove and report four variants of the demo model
 	$(BIN)/python -m quantize.demo_model
 	$(BIN)/python -m quantize recipe=demo $(ARGS)
+
+precisions: $(VENV)/.base  ## every precision in one table, its memory predicted and measured, its decode speed
+	$(BIN)/python -m quantize.demo_model
+	$(BIN)/python -m quantize recipe=precisions $(ARGS)
+	$(BIN)/python -m quantize recipe=gptq solver=rtn 'stages=[load,calibrate,quantize,export]' output_dir=artifacts/int4
+	$(BIN)/python -m eval.memory_measure $(addprefix $(PRECISIONS)/,fp32 fp16 bf16 w8a16) artifacts/int4/variants/gptq
+	$(BIN)/python -m inference.bench $(addprefix $(PRECISIONS)/,fp32 fp16 w8a16 w8a8 w8a8-static)
 
 test: $(VENV)/.dev  ## the default tests (under 10 minutes)
 	$(BIN)/python -m pytest $(ARGS)

@@ -14,15 +14,14 @@ biases divided where scales were folded into them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exports.base import Artifact, Container
+from exports.base import Artifact, Container, packed_tensors, stored_quantization, write_config
 from exports.packing import pack_rows, unpack_rows
 from exports.shards import read_shards, write_shards
 from quantize.errors import InputError
@@ -106,17 +105,8 @@ def write(directory: Path, artifact: Artifact) -> None:
     """Write weights and ``config.json`` into an existing directory."""
     if artifact.grid is None:
         raise ValueError("an AWQ checkpoint needs the grid of its layers")
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from artifact.dense
-        for layer, tensor in artifact.quantized:
-            for suffix, packed in pack(tensor).items():
-                yield f"{layer}.{suffix}", packed
-
-    write_shards(directory, tensors())
-    quantization = quantization_config(artifact.grid, [*artifact.skipped, *artifact.outside])
-    config = {**artifact.config, "quantization_config": quantization}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_shards(directory, packed_tensors(artifact, pack))
+    write_config(directory, artifact, quantization_config(artifact.grid, [*artifact.skipped, *artifact.outside]))
 
 
 def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
@@ -125,7 +115,7 @@ def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]
     Raises:
         InputError: no or another ``quantization_config``, or a layer lacks one of its tensors.
     """
-    config = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    config = stored_quantization(directory)
     version = str(config.get("version", "gemm")).lower()
     if config.get("quant_method") != "awq" or version != "gemm" or config.get("bits", BITS) != BITS:
         raise InputError(f"{directory}/config.json does not describe a 4-bit AWQ checkpoint of version gemm (quant_method=awq)")

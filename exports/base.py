@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,22 @@ class Container:
     quantized_inputs: bool = False
     mixed_grids: bool = True
     head: bool = True
+
+
+def packed_tensors(artifact: Artifact, pack: Callable[[QuantizedTensor], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of an artifact as they are stored; ``pack`` gives those of a layer, by suffix."""
+    yield from artifact.dense
+    for layer, tensor in artifact.quantized:
+        for suffix, stored in pack(tensor).items():
+            yield f"{layer}.{suffix}", stored
+
+
+def write_config(directory: Path, artifact: Artifact, quantization: Mapping[str, Any] | None = None) -> None:
+    """Write ``config.json``: the model's config and, for quantized layers, its ``quantization_config``."""
+    config = {**artifact.config, **({"quantization_config": quantization} if quantization else {})}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stored_quantization(directory: Path) -> dict[str, Any]:
+    """The ``quantization_config`` of a directory's ``config.json``; empty where there is none."""
+    return json.loads((directory / "config.json").read_text()).get("quantization_config") or {}

@@ -37,7 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exports.base import Artifact, Container
+from exports.base import Artifact, Container, stored_quantization
+from exports.packing import to_unsigned
 from exports.shards import read_shards, write_shards
 from quantize.errors import InputError, one_line
 from quantize.grids import Grid, QuantizedTensor, group_index
@@ -180,8 +181,7 @@ def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]
     Raises:
         InputError: no bitsandbytes checkpoint, or a layer lacks one of its tensors.
     """
-    config = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
-    if config.get("quant_method") != "bitsandbytes":
+    if stored_quantization(directory).get("quant_method") != "bitsandbytes":
         raise InputError(f"{directory}/config.json does not describe a bitsandbytes checkpoint (quant_method=bitsandbytes)")
     stored = read_shards(directory)
     quantized = {}
@@ -207,7 +207,7 @@ def _int8_layer(directory: Path, layer: str, stored: dict[str, Tensor]) -> Quant
     codes, largest = stored.pop(f"{layer}.weight"), stored.pop(f"{layer}.SCB")
     stored.pop(f"{layer}.weight_format", None)
     return QuantizedTensor(
-        codes=(codes.to(torch.int16) + 128).to(torch.uint8),
+        codes=to_unsigned(codes),
         scales=(largest / 127)[:, None],
         zeros=torch.full((len(codes), 1), 128, dtype=torch.uint8),
         g_idx=group_index(codes.shape[1], -1),

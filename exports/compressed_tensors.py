@@ -20,18 +20,17 @@ compressed-tensors``).
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exports.base import Artifact, Container
-from exports.packing import pack_rows, unpack_rows, values_per_period
+from exports.base import Artifact, Container, packed_tensors, stored_quantization, write_config
+from exports.packing import pack_rows, to_signed, to_unsigned, unpack_rows, values_per_period
 from exports.shards import read_shards, write_shards
 from quantize.errors import InputError
 from quantize.grids import Grid, QuantizedTensor, group_index
@@ -74,7 +73,7 @@ def pack(tensor: QuantizedTensor, quantization_format: str) -> dict[str, Tensor]
     if quantization_format == "int-quantized":
         if grid.bits != 8 or not grid.symmetric:
             raise ValueError(f"int-quantized holds symmetric 8-bit codes, not {grid}")
-        stored = {"weight": (tensor.codes.to(torch.int16) - 128).to(torch.int8)}
+        stored = {"weight": to_signed(tensor.codes)}
     else:
         stored = {
             "weight_packed": pack_columns(tensor.codes.t(), grid.bits).t().contiguous(),
@@ -92,7 +91,7 @@ def unpack(stored: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
     """Inverse of :func:`pack`."""
     scales = stored["weight_scale"]
     if "weight" in stored:
-        codes = (stored["weight"].to(torch.int16) + 128).to(torch.uint8)
+        codes = to_unsigned(stored["weight"])
     else:
         columns = int(stored["weight_shape"][1])
         codes = unpack_columns(stored["weight_packed"].t().contiguous(), grid.bits, columns).t().contiguous()
@@ -166,17 +165,8 @@ def write(directory: Path, artifact: Artifact) -> None:
     if artifact.grid is None:
         raise ValueError("a compressed-tensors checkpoint needs the grid of its layers")
     stored_format = format_of(artifact.options)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from artifact.dense
-        for layer, tensor in artifact.quantized:
-            for suffix, stored in pack(tensor, stored_format).items():
-                yield f"{layer}.{suffix}", stored
-
-    write_shards(directory, tensors())
-    quantization = quantization_config(artifact, [*artifact.skipped, *artifact.outside])
-    config = {**artifact.config, "quantization_config": quantization}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_shards(directory, packed_tensors(artifact, lambda tensor: pack(tensor, stored_format)))
+    write_config(directory, artifact, quantization_config(artifact, [*artifact.skipped, *artifact.outside]))
 
 
 def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
@@ -185,7 +175,7 @@ def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]
     Raises:
         InputError: no or another ``quantization_config``, a format that is not one of the two, or a layer without its scale.
     """
-    config = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    config = stored_quantization(directory)
     if config.get("quant_method") != "compressed-tensors" or config.get("format") not in _FORMATS:
         formats = " or ".join(_FORMATS)
         raise InputError(f"{directory}/config.json does not describe a compressed-tensors checkpoint in {formats}")

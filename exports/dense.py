@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
-from exports.base import Artifact, Container
+from exports.base import Artifact, Container, write_config
 from exports.shards import read_shards, write_shards
 from quantize.grids import Grid, QuantizedTensor
 
@@ -19,7 +18,7 @@ def check(name: str, out_features: int, in_features: int, grid: Grid) -> None:
 def write(directory: Path, artifact: Artifact) -> None:
     """Write weights and config into an existing directory."""
     write_shards(directory, artifact.dense)
-    (directory / "config.json").write_text(json.dumps(artifact.config, indent=2) + "\n")
+    write_config(directory, artifact)
 
 
 def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exports.base import Artifact, Container
+from exports.base import Artifact, Container, packed_tensors, stored_quantization, write_config
 from exports.packing import pack_rows, unpack_rows, values_per_period
 from exports.shards import read_shards, write_shards
 from quantize.errors import InputError
@@ -125,17 +125,9 @@ def write(directory: Path, artifact: Artifact) -> None:
     if artifact.grid is None:
         raise ValueError("a GPTQ checkpoint needs the grid of its layers")
     version = format_version(artifact.layers, artifact.grid, artifact.options)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from artifact.dense
-        for layer, tensor in artifact.quantized:
-            for suffix, packed in pack(tensor, version).items():
-                yield f"{layer}.{suffix}", packed
-
-    write_shards(directory, tensors())
+    write_shards(directory, packed_tensors(artifact, lambda tensor: pack(tensor, version)))
     quantization = quantization_config(artifact.grid, artifact.options, artifact.skipped, artifact.layers)
-    config = {**artifact.config, "quantization_config": quantization}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_config(directory, artifact, quantization)
     (directory / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")
 
 
@@ -161,7 +153,7 @@ def read(directory: Path) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]
 
 def _stored_config(directory: Path) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, or AutoGPTQ's own ``quantize_config.json``, which names no method."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text()).get("quantization_config") or {}
+    config = stored_quantization(directory)
     own = directory / "quantize_config.json"
     if not config and own.exists():
         config = {"quant_method": "gptq", **json.loads(own.read_text())}

@@ -18,6 +18,16 @@ def values_per_period(bits: int) -> int:
     return 32 // math.gcd(32, bits)
 
 
+def to_signed(codes: Tensor) -> Tensor:
+    """8-bit codes around their symmetric zero point: uint8 0..255 to int8 -128..127."""
+    return (codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def to_unsigned(values: Tensor) -> Tensor:
+    """Inverse of :func:`to_signed`."""
+    return (values.to(torch.int16) + 128).to(torch.uint8)
+
+
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack along dimension 0.
 

@@ -18,6 +18,10 @@ _CUDA_LEAST_ROWS = 17  # torch._int_mm refuses fewer on CUDA
 _KERNEL_BLOCK = 64  # rows and columns torch._weight_int8pack_mm is used for come in multiples of this
 _TINY = torch.finfo(torch.float32).tiny
 _CHUNK_WEIGHTS = 1 << 18  # codes widened at a time: 1 MiB of float32 stays in a core's cache
+_FEW_ROWS = 8  # up to here a weight-only layer multiplies digits; beyond, it widens its codes once for all rows
+_LEAST = torch.tensor(_TINY)
+_REACH, _REACH_3 = torch.tensor(127.5), torch.tensor(127 * 65536.0)
+_PLACES = torch.tensor([65536.0, 256.0, 1.0]).view(3, 1, 1)
 
 
 class Linear(Protocol):
@@ -43,10 +47,39 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: finite, ``[rows, columns]``; types below float32 are widened first. A row of zeros gets codes of zero.
     """
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(127.5).clamp_min_(_TINY)
+    if x.dtype != torch.float32:
+        x = x.float()
+    scale = _row_scales(x, _REACH)
     # No quotient rounds below -128; 127.5 rounds to 128.
     return x.div(scale).round_().clamp_max_(127).to(torch.int8), scale
+
+
+def _row_scales(x: Tensor, steps: Tensor) -> Tensor:
+    """``max|x| / steps`` of each row and, since a row of zeros needs one too, a trifle: float32 ``[rows, 1]``."""
+    # At one token what counts is the number of operations; torch's infinity norm is one, but slower than these two.
+    largest = x.abs().amax(-1, keepdim=True)
+    return torch.addcdiv(_LEAST.to(x.device), largest, steps.to(x.device))
+
+
+def digits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in fixed point, as int8 digits: ``x = scale * (65536 d[0] + 256 d[1] + d[2])`` to half a ``scale``.
+
+    That is 24 bits below the row's largest magnitude, as many as float32 itself has, and integer products can work on them.
+
+    Args:
+        x: finite, float32 ``[rows, columns]``.
+
+    Returns:
+        int8 ``[3, rows, columns]`` and float32 ``[rows, 1]``.
+    """
+    scale = _row_scales(x, _REACH_3)
+    whole = x.div(scale).round_().to(torch.int32)
+    parts = []
+    for _ in range(2):
+        part = whole.bitwise_left_shift(24).bitwise_right_shift_(24).to(torch.int8)  # the lowest byte, with its sign
+        parts.append(part)
+        whole = whole.sub_(part).bitwise_right_shift_(8)
+    return torch.stack([whole.to(torch.int8), *reversed(parts)]), scale
 
 
 def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -155,14 +188,24 @@ class Int8WeightOnlyLinear:
         # torch's bfloat16 kernel reads past the end of matrices that do not fill its blocks.
         whole = codes.shape[0] % _KERNEL_BLOCK == codes.shape[1] % _KERNEL_BLOCK == 0
         self._kernel_fits = whole and codes.device.type == "cpu"
+        self._digits_fit = codes.device.type == "cpu" and self._row_scales is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._kernel_fits and self._row_scales is not None and x.dtype == torch.bfloat16:
             ones = x.new_ones(self.out_features)  # its own scales are bfloat16, which would round ours
             out = torch._weight_int8pack_mm(x, self._codes, ones).mul(self._row_scales).to(x.dtype)
+        elif self._digits_fit and len(x) <= _FEW_ROWS and x.dtype == torch.float32:
+            out = self._from_digits(x)
         else:
             out = torch.cat([self._rows(x, start) for start in range(0, self.out_features, self._chunk())], -1)
         return out if self._bias is None else out.add_(self._bias)
+
+    def _from_digits(self, x: Tensor) -> Tensor:
+        """Decode: the weight is read once, as int8, and nothing is widened."""
+        parts, scale = digits(x)
+        product = int8_matmul(parts.view(-1, x.shape[1]), self._codes).view(3, len(x), -1)
+        assert self._row_scales is not None
+        return product.mul(_PLACES).sum(0).mul_(self._row_scales).mul_(scale)
 
     def _chunk(self) -> int:
         on_cpu = self._codes.device.type == "cpu"
@@ -195,6 +238,8 @@ class Int8Linear:
         self._input_scale = None if input_scale is None else input_scale.float().view(1, 1)
         self._rescale = self._scales.t().contiguous()  # [groups, out]
         self._columns = codes.shape[1] // self._rescale.shape[0]
+        plain = codes.device.type == "cpu" and codes.shape[1] > 1 and self._rescale.shape[0] == 1
+        self._direct = codes.t() if plain else None  # what int8_matmul would multiply by, found once
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._input_scale is None:
@@ -202,10 +247,14 @@ class Int8Linear:
         else:
             scale = self._input_scale
             codes = x.float().div(scale).round_().clamp_(-128, 127).to(torch.int8)
-        out = self._product(codes).mul_(scale).to(x.dtype)
+        out = self._product(codes).mul_(scale)
+        if x.dtype != torch.float32:
+            out = out.to(x.dtype)
         return out if self._bias is None else out.add_(self._bias)
 
     def _product(self, codes: Tensor) -> Tensor:
+        if self._direct is not None:
+            return torch._int_mm(codes, self._direct) * self._rescale
         if self._rescale.shape[0] == 1:
             return int8_matmul(codes, self._codes) * self._rescale
         total = codes.new_zeros((), dtype=torch.float32)

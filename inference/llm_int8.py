@@ -29,6 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inference.linear import int8_matmul as integer_product
 from quantize.errors import InputError
 
 SCALES_OVER = ("entries", "columns")
@@ -88,7 +89,7 @@ def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
     if columns > MAX_IN_FEATURES:
         raise InputError(f"in_features={columns} would overflow an int32 sum; LLM.int8() allows {MAX_IN_FEATURES} at most")
     if _int_mm_takes(left, right):
-        return torch._int_mm(left, right.t())
+        return integer_product(left, right)
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
     for start in range(0, columns, _EXACT_COLUMNS):
         part = slice(start, start + _EXACT_COLUMNS)
@@ -97,13 +98,8 @@ def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _int_mm_takes(left: Tensor, right: Tensor) -> bool:
-    """Whether torch's integer product is there for this device and shape."""
-    # Of a single column, CPU builds up to torch 2.13 return uninitialized memory.
-    if not left.numel() or not right.numel() or left.shape[1] == 1:
-        return False
-    if left.device.type == "cuda":  # cuBLASLt's limits
-        return left.shape[0] > 16 and left.shape[1] % 8 == 0 and right.shape[0] % 8 == 0
-    return left.device.type == "cpu"
+    """Whether there is an integer product on this device, and something to multiply."""
+    return bool(left.numel() and right.numel()) and left.device.type in ("cpu", "cuda")
 
 
 def llm_int8_linear(

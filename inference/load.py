@@ -17,6 +17,7 @@ from torch import Tensor
 import exports.awq
 import exports.compressed_tensors
 import exports.gptq
+from exports.packing import to_signed
 from exports.shards import read_shards
 from inference.config import ModelConfig, read_config
 from inference.linear import (
@@ -126,8 +127,7 @@ def _decoded(name: str, layer: QuantizedTensor) -> dict[str, Tensor]:
 
 
 def _codes(name: str, layer: QuantizedTensor) -> dict[str, Tensor]:
-    codes = (layer.codes.to(torch.int16) - 128).to(torch.int8)
-    return {f"{name}.weight": codes, f"{name}.weight_scale": layer.scales}
+    return {f"{name}.weight": to_signed(layer.codes), f"{name}.weight_scale": layer.scales}
 
 
 class _Assembly:

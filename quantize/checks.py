@@ -43,7 +43,7 @@ def validate(composed: Any) -> RunConfig:
         raise InputError(f"device={config.device} is unknown; use auto, cpu, cuda, cuda:0 or mps")
     if config.seed < 0:
         raise InputError(f"seed={config.seed} is negative; use 0 or more")
-    _one_of("model.compute_dtype", config.model.compute_dtype, ("auto", "float32", "bfloat16", "float16"))
+    _one_of("model.compute_dtype", config.model.compute_dtype, ("auto", *DTYPES))
     _check_calibration(config.calibration)
     check_eval(config.eval)
     if not config.variants:

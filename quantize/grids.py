@@ -157,7 +157,7 @@ class QuantizedTensor:
         zeros: uint8 ``[out_features, groups]``, integer zero points.
         g_idx: int32 ``[in_features]``, the group of each input column (not monotonic under ``desc_act``).
         grid: the grid the codes live on.
-        input_scale: float32 ``[1]``, the step of the layer's quantized inputs where their range is fixed beforehand; else None.
+        input_scale: ``[1]`` in ``scale_dtype``, the step of quantized inputs whose range is fixed beforehand; else None.
     """
 
     codes: Tensor

@@ -57,8 +57,14 @@ class GroupSolver:
         self.moves_scales = self.solver.find_scales is not None
         self.scales = self.moves_scales or self.options.smoothquant
         self.judges_modules = self.moves_scales and self.options.search_loss == "module"
-        windows = _WINDOWS if self.judges_modules else 0
-        self.statistics = functools.partial(Statistics, self.solver.needs_calibration, windows)
+        scaled_by_inputs = self.options.smoothquant or self.options.input_activations == "static"
+        self.statistics = functools.partial(
+            Statistics,
+            self.solver.needs_calibration,
+            scaled_by_inputs,
+            means=self.moves_scales,
+            windows=_WINDOWS if self.judges_modules else 0,
+        )
 
     def solve(
         self,
@@ -152,7 +158,10 @@ class GroupSolver:
         maxima, sample = statistics.maxima(), statistics.sample()
         if scales is not None:
             maxima, sample = maxima / scales, sample / scales
-        return fixed_step(maxima, sample, self.options.observer, self.options.percentile)
+        step = fixed_step(maxima, sample, self.options.observer, self.options.percentile)
+        # Rounded like the weights' scales: consumers hold both in one type.
+        grid = self.run.grid(self.variant, names[0])
+        return grid.round_scale(step).to(grid.scale_dtype)
 
 
 def _rescaled(matrix: Tensor | None, scales: Tensor | None) -> Tensor | None:

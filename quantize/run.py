@@ -45,17 +45,21 @@ class Run:
         return open_checkpoint(self.model_path)
 
     @functools.cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The type of the checkpoint's tensors (of its first: asked for once, and not for every layer)."""
+        return self.checkpoint.dtype(self.checkpoint.names()[0])
+
+    @functools.cached_property
     def walk(self) -> DecoderWalk:
         """The block walk over the checkpoint, built once."""
-        stored = self.checkpoint.dtype(self.checkpoint.names()[0])
-        dtype = resolve_compute_dtype(self.config.model.compute_dtype, self.device, stored)
+        dtype = resolve_compute_dtype(self.config.model.compute_dtype, self.device, self.stored_dtype)
         return DecoderWalk(self.checkpoint, self.device, dtype)
 
     def dense_dtype(self, variant: VariantConfig) -> torch.dtype:
         """The type of a variant's unquantized tensors: its ``dtype``, else the checkpoint's."""
         if variant.dtype is not None:
             return cast(torch.dtype, getattr(torch, variant.dtype))
-        return self.checkpoint.dtype(self.checkpoint.names()[0])
+        return self.stored_dtype
 
     def grid(self, variant: VariantConfig, layer: str = "") -> Grid:
         """The grid of a layer's codes as the variant's container stores it."""

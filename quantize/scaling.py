@@ -125,7 +125,7 @@ class BlockScaler:
 
     def _inputs(self, names: Sequence[str], batches: Iterable[Tensor]) -> dict[str, Statistics]:
         """Statistics of the inputs of some layers in the block as it is."""
-        found = {name: Statistics() for name in names}
+        found = {name: Statistics(means=True) for name in names}
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda _, args: found[name].add(args[0])

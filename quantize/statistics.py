@@ -13,24 +13,27 @@ class Statistics:
     """Statistics of the inputs ``x`` of a group of layers; everything is accumulated in float32.
 
     The Hessian ``H = 2/n * sum(x x^T)`` (GPTQ, arXiv:2210.17323, section 3.1); where reference inputs are given, the drift
-    ``D = 2/n * sum((x_ref - x) x^T)``; the largest and the mean ``|x|`` of each column; and some of the inputs themselves, as
-    single rows and, where wanted, as whole windows.
+    ``D = 2/n * sum((x_ref - x) x^T)``; and where they are wanted, the largest and the mean ``|x|`` of each column and some of
+    the inputs themselves, as single rows and as whole windows.
 
     Attributes:
         count: the number ``n`` of inputs so far. An expert's layers see only the tokens routed to it, perhaps none.
         windows: kept windows ``[1, tokens, in_features]``, as they came.
     """
 
-    def __init__(self, second_order: bool = True, windows: int = 0) -> None:
-        """Start without inputs.
+    def __init__(self, second_order: bool = True, first_order: bool = False, means: bool = False, windows: int = 0) -> None:
+        """Only what is wanted is collected.
 
         Args:
-            second_order: whether Hessian and drift are wanted, which cost a matrix product each.
-            windows: how many whole windows to keep, the first of each of the first batches.
+            second_order: Hessian and drift, which cost a matrix product each.
+            first_order: the largest magnitudes, and some of the inputs.
+            means: the mean magnitudes.
+            windows: how many whole windows, the first of each of the first batches.
         """
         self.count = 0
         self.windows: list[Tensor] = []
-        self._second_order, self._wanted = second_order, windows
+        self._second_order, self._first_order = second_order, first_order
+        self._wants_means, self._wanted_windows = means, windows
         self._hessian: Tensor | None = None
         self._drift: Tensor | None = None
         self._maxima: Tensor | None = None
@@ -43,13 +46,15 @@ class Statistics:
         columns = rows.shape[1]
         if self._second_order:
             self._add_products(rows, None if reference is None else reference.reshape(-1, columns).float())
-        magnitudes = rows.abs()
-        maxima, total = magnitudes.amax(0) if len(rows) else rows.new_zeros(columns), magnitudes.sum(0)
-        self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
-        self._magnitudes = total if self._magnitudes is None else self._magnitudes + total
-        if len(self.windows) < self._wanted and inputs.dim() == 3:
+        if self._first_order:
+            maxima = rows.abs().amax(0) if len(rows) else rows.new_zeros(columns)
+            self._maxima = maxima if self._maxima is None else torch.maximum(self._maxima, maxima)
+            self._rows.append(rows[:: max(1, len(rows) // _ROWS)].clone())
+        if self._wants_means:
+            total = rows.abs().sum(0)
+            self._magnitudes = total if self._magnitudes is None else self._magnitudes + total
+        if len(self.windows) < self._wanted_windows and inputs.dim() == 3:
             self.windows.append(inputs[:1].clone())
-        self._rows.append(rows[:: max(1, len(rows) // _ROWS)].clone())
         self.count += rows.shape[0]
 
     def _add_products(self, rows: Tensor, reference: Tensor | None) -> None:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 settings.register_profile("quantize", deadline=None)
 settings.load_profile("quantize")
@@ -29,6 +29,7 @@ VOCABULARY = 300
 MakeCheckpoint = Callable[..., Path]
 MakeInt8 = Callable[..., Path]
 Cli = Callable[..., tuple[int, str, str]]
+RunRecipe = Callable[..., Path]
 CloseExpert = Callable[[Path, int], None]
 
 
@@ -113,6 +114,52 @@ def tiny_llama(
     make_checkpoint(path, config)
     tiny_tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def run_recipe() -> RunRecipe:
+    """``run_recipe(folder, recipe, "key=value", ..., code=0)``: run a recipe's text in this process below ``folder``.
+
+    Gives the run's directory, ``folder / "run"``; the exit code must be ``code``. A second call goes on with that run.
+    """
+
+    def run(folder: Path, recipe: str, *arguments: str, code: int = 0) -> Path:
+        from quantize.__main__ import main
+
+        (folder / "recipe").mkdir(exist_ok=True)
+        (folder / "recipe" / "tried.yaml").write_text(recipe)
+        places = [f"--config-dir={folder}", "recipe=tried", f"output_dir={folder / 'run'}"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["quantize", *places, *arguments])
+            patch.setattr(logging.getLogger(), "handlers", [])
+            patch.setenv("HYDRA_FULL_ERROR", "1")
+            assert main() == code
+        return folder / "run"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def moe_config() -> Callable[..., PretrainedConfig]:
+    """``moe_config(**changes)``: a tiny Qwen3-MoE of two blocks with four experts, two for each token."""
+
+    def make(**changes: Any) -> PretrainedConfig:
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 2048,
+        }
+        return Qwen3MoeConfig(**{**sizes, **changes})
+
+    return make
 
 
 @pytest.fixture

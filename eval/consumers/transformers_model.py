@@ -72,7 +72,7 @@ def load(directory: Path, device: str) -> TransformersArtifact:
 
 def _from_pretrained(directory: Path, device: str, quantization: dict[str, Any]) -> tuple[Any, list[str]]:
     """The model, and the packages that took part."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     method, options = quantization.get("quant_method"), {}
     packages = ["transformers"]
@@ -85,6 +85,9 @@ def _from_pretrained(directory: Path, device: str, quantization: dict[str, Any])
     elif method == "compressed-tensors":
         _need_compressed_tensors()
         packages.append("compressed-tensors")
+        if not all(group["weights"]["symmetric"] for group in quantization["config_groups"].values()):
+            # Otherwise compressed-tensors expects zero points that are not packed, and its own files' are.
+            options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "the config's quantization_config will be used": it is the same one

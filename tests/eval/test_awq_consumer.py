@@ -17,13 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from eval.consumers import CONSUMERS
 from exports.awq import read
 
 PROJECT = Path(__file__).resolve().parents[2]
-Cli = Callable[..., tuple[int, str, str]]
+RECIPE = r"""
+# @package _global_
+variants:
+  plain: {container: awq}
+  skipped: {container: awq, solver: {skip: [down_proj, 'layers\.1\.self_attn\.q_proj']}}
+"""
+EXPERTS = "# @package _global_\nvariants:\n  experts: {container: awq}\n"
 
 
 def write_logits(ids_file: Path, output: Path, artifacts: list[Path]) -> None:
@@ -55,46 +61,33 @@ def reference(artifact: Path, model_path: Path, folder: Path, ids: Tensor) -> Te
 
 
 @pytest.fixture
-def experts(tmp_path: Path, make_checkpoint: Callable[..., Path], tiny_llama: Path) -> Path:
+def experts(
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+    moe_config: Callable[..., PretrainedConfig],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
     """A tiny mixture of experts."""
-    config = Qwen3MoeConfig(
-        vocab_size=304,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-    )
-    model = make_checkpoint(tmp_path / "model", config)
-    for file in tiny_llama.glob("tokenizer*"):
-        shutil.copy(file, model)
+    model = make_checkpoint(tmp_path / "model", moe_config(vocab_size=304))
+    tiny_tokenizer.save_pretrained(model)
     return model
 
 
 def test_transformers_computes_with_the_weights_this_project_means(
-    small_run: list[str], cli: Cli, tiny_llama: Path, experts: Path, tmp_path: Path
+    small_run: list[str], run_recipe: Callable[..., Path], tiny_llama: Path, experts: Path, tmp_path: Path
 ) -> None:
     ids = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(1))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
-    cases = {
-        "plain": (tiny_llama, []),
-        "skipped": (tiny_llama, ["solver.skip=[down_proj, 'layers\\.1\\.self_attn\\.q_proj']"]),
-        "experts": (experts, []),  # through GPTQModel's own loader
-    }
-    artifacts = {}
-    for name, (model, settings) in cases.items():
-        run = ["recipe=awq", *small_run, f"model.path={model}", *settings, "stages=[load,calibrate,quantize,export]"]
-        code, _, err = cli(*run, f"output_dir={tmp_path / 'run'}")
-        assert code == 0, err
-        artifacts[name] = (tmp_path / "run" / "variants" / "awq").rename(tmp_path / name)
-        shutil.rmtree(tmp_path / "run")
+    settings = [*small_run, "solver=awq", "stages=[load,calibrate,quantize,export]"]
+    artifacts: dict[Path, Path] = {}
+    for model, recipe in ((tiny_llama, RECIPE), (experts, EXPERTS)):  # the experts through GPTQModel's own loader
+        folder = tmp_path / f"{model.name}-run"
+        folder.mkdir()
+        made = run_recipe(folder, recipe, *settings, f"model.path={model}") / "variants"
+        artifacts |= dict.fromkeys(made.iterdir(), model)
     result = subprocess.run(
         [sys.executable, __file__, *map(str, (tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"))]
-        + [str(artifact) for artifact in artifacts.values()],
+        + [str(artifact) for artifact in artifacts],
         env={**os.environ, "PYTHONPATH": str(PROJECT), **CONSUMERS["awq"].environment},
         capture_output=True,
         text=True,
@@ -103,8 +96,9 @@ def test_transformers_computes_with_the_weights_this_project_means(
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("gptqmodel") >= 3
     found = load_file(tmp_path / "logits.safetensors")
-    for name, (model, _) in cases.items():
-        expected = reference(artifacts[name], model, tmp_path / f"{name}-dense", ids)
+    for artifact, model in artifacts.items():
+        name = artifact.name
+        expected = reference(artifact, model, tmp_path / f"{name}-dense", ids)
         torch.testing.assert_close(found[f"{name}.evaluated"], expected, atol=1e-4, rtol=1e-4)
         # In 16 bits, as a user has it: the same but for rounding.
         assert float((found[f"{name}.plain"] - expected).norm() / expected.norm()) < 0.02, name

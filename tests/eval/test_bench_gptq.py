@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,14 @@ def test_without_the_baseline_there_are_no_ratios() -> None:
     assert "| ours | 1.2.3 | 4 | 64 | yes | 12.500 |  | 1,234.6 |" in page
 
 
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether a condition comes true in time: a killed process needs a turn on a busy machine to be gone."""
+    end = time.perf_counter() + seconds
+    while not condition() and time.perf_counter() < end:
+        time.sleep(0.05)
+    return condition()
+
+
 def test_a_process_that_passes_its_limit_is_stopped_with_its_children(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys, time\n"
@@ -139,7 +147,7 @@ def test_a_process_that_passes_its_limit_is_stopped_with_its_children(tmp_path: 
     # The child is gone, or a zombie that nobody has waited for yet.
     status = Path(f"/proc/{child}/status")
     if Path("/proc/self/status").exists():
-        assert not status.exists() or "State:\tZ" in status.read_text()
+        assert eventually(lambda: not status.exists() or "State:\tZ" in status.read_text())
 
 
 def test_a_process_that_ends_tells_its_exit_code(tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -34,29 +32,16 @@ variants:
   double: {solver: {name: nf4, double_quant: true}, container: bitsandbytes}
   skipped: {solver: {name: nf4, skip: [self_attn]}, container: bitsandbytes}
 """
+RunRecipe = Callable[..., Path]
 VARIANTS = ("int8", "low", "nf4", "double", "skipped")
 THRESHOLDS = {"int8": 6.0, "low": 2.0}
 
 
-def run(folder: Path, model: Path, *arguments: str, recipe: str = RECIPE) -> Path:
-    """The pipeline in this process; gives its directory."""
-    from quantize.__main__ import main
-
-    (folder / "recipe").mkdir(exist_ok=True)
-    (folder / "recipe" / "tried.yaml").write_text(recipe)
-    arguments = (f"--config-dir={folder}", "recipe=tried", f"model.path={model}", f"output_dir={folder / 'run'}", *arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["quantize", *arguments, "device=cpu"])
-        patch.setattr(logging.getLogger(), "handlers", [])
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        assert main() == 0
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
-def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_recipe: RunRecipe) -> Path:
     """One artifact of each kind. Read them only."""
-    return run(tmp_path_factory.mktemp("consumer"), tiny_llama, "stages=[load,export]") / "variants"
+    settings = [f"model.path={tiny_llama}", "device=cpu", "stages=[load,export]"]
+    return run_recipe(tmp_path_factory.mktemp("consumer"), RECIPE, *settings) / "variants"
 
 
 @pytest.fixture(scope="module")
@@ -196,15 +181,17 @@ def test_a_damaged_artifact_is_refused(name: str, lost: str, artifacts: Path, tm
         CONSUMERS["bitsandbytes"].load(damaged, "cpu")
 
 
-def test_a_change_of_recipe_makes_only_what_it_concerns_again(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_change_of_recipe_makes_only_what_it_concerns_again(tiny_llama: Path, tmp_path: Path, run_recipe: RunRecipe) -> None:
+    settings = [f"model.path={tiny_llama}", "device=cpu", "stages=[load,export]"]
+
     def ended(directory: Path) -> dict[str, Any]:
         steps = json.loads((directory / "manifest.json").read_text())["steps"]
         return {step: entry["key"] for step, entry in steps.items()}
 
-    first = ended(run(tmp_path, tiny_llama, "stages=[load,export]"))
+    first = ended(run_recipe(tmp_path, RECIPE, *settings))
     assert not any(step.startswith("quantize") for step in first)
-    assert first == ended(run(tmp_path, tiny_llama, "stages=[load,export]"))
-    changed = ended(run(tmp_path, tiny_llama, "stages=[load,export]", "variants.int8.solver.outlier_threshold=5.0"))
+    assert first == ended(run_recipe(tmp_path, RECIPE, *settings))
+    changed = ended(run_recipe(tmp_path, RECIPE, *settings, "variants.int8.solver.outlier_threshold=5.0"))
     assert {step for step in first if first[step] != changed[step]} == {"export/int8"}
     assert (
         json.loads((tmp_path / "run/variants/int8/config.json").read_text())["quantization_config"]["llm_int8_threshold"] == 5.0
@@ -212,13 +199,14 @@ def test_a_change_of_recipe_makes_only_what_it_concerns_again(tiny_llama: Path, 
 
 
 @pytest.mark.slow
-def test_the_demo_model_stays_near_its_perplexity(tmp_path: Path) -> None:
+def test_the_demo_model_stays_near_its_perplexity(tmp_path: Path, run_recipe: RunRecipe) -> None:
     """The whole pipeline, on the built-in text."""
     from quantize.demo_model import demo_model
 
     lines = [line for line in RECIPE.splitlines() if not line.startswith(("  low", "  skipped"))]
     recipe = "\n".join([*lines, "  fp16: {solver: {name: none}, container: safetensors}"])
-    directory = run(tmp_path, demo_model(), "eval.windows=2", "eval.seq_len=512", recipe=recipe)
+    settings = [f"model.path={demo_model()}", "device=cpu", "eval.windows=2", "eval.seq_len=512"]
+    directory = run_recipe(tmp_path, recipe, *settings)
     rows = {row["name"]: row for row in json.loads((directory / "report.json").read_text())["variants"]}
     for row in rows.values():
         print(f"{row['name']}: ppl {row['ppl']:.3f}, {row['bits']} bits, {row['size_bytes'] / 1e6:.1f} MB, {row['consumer']}")

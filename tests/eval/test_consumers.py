@@ -7,12 +7,12 @@ Those imports want variables set before the process starts, and take seconds, so
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,15 @@ variants:
   bits3: {solver: {name: rtn, bits: 3}}
   bits8: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}}
   w8a16: {solver: {name: rtn, bits: 8, group_size: -1, symmetric: true}, container: compressed-tensors}
-  w4a16: {solver: {name: rtn, bits: 4}, container: compressed-tensors}
+  w4a16: {solver: {name: rtn, bits: 4, symmetric: true}, container: compressed-tensors}
+  asymmetric: {solver: {name: rtn, bits: 4}, container: compressed-tensors}
   w8a8:
     solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: dynamic}
     container: compressed-tensors
   w8a8-static:
     solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: static, smoothquant: true}
     container: compressed-tensors
-  bf16: {solver: {name: rtn, bits: 4}, container: compressed-tensors, dtype: bfloat16}
+  bf16: {solver: {name: rtn, bits: 3, symmetric: true}, container: compressed-tensors, dtype: bfloat16}
   skipped: {solver: {skip: [down_proj, 'layers\.1\.self_attn\.q_proj']}}
 """
 VARIANTS = ("dense", "gptq", "no-order", "symmetric", "bits2", "bits3", "w8a16", "w4a16", "w8a8", "w8a8-static", "bf16")
@@ -120,30 +121,17 @@ def reference_logits(artifact: Path, model_path: Path, ids: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifacts(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, run_recipe: Callable[..., Path]) -> Path:
     """A run directory's artifacts, one for each kind of grid."""
-    from quantize.__main__ import main
-
-    folder = tmp_path_factory.mktemp("consumers")
-    (folder / "recipe").mkdir()
-    (folder / "recipe" / "grids.yaml").write_text(RECIPE)
-    arguments = [
-        f"--config-dir={folder}",
-        "recipe=grids",
+    settings = [
         f"model.path={tiny_llama}",
-        f"output_dir={folder / 'run'}",
         "calibration.num_samples=8",
         "calibration.seq_len=64",
         "solver.group_size=32",
         "quality=fast",
         "stages=[load,calibrate,quantize,export]",
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["quantize", *arguments])
-        patch.setattr(logging.getLogger(), "handlers", [])
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        assert main() == 0
-    return folder / "run" / "variants"
+    return run_recipe(tmp_path_factory.mktemp("consumers"), RECIPE, *settings) / "variants"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +152,14 @@ def test_the_consumer_computes_with_the_weights_this_project_means(
 ) -> None:
     expected = reference_logits(artifacts / name, tiny_llama, ids[:1])
     torch.testing.assert_close(consumed[f"{name}.logits"], expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_asymmetric_compressed_tensors_are_loaded_decoded(artifacts: Path, ids: Tensor, tiny_llama: Path) -> None:
+    consumer = CONSUMERS["compressed-tensors"]
+    loaded = consumer.for_evaluation(consumer.load(artifacts / "asymmetric", "cpu"))
+    expected = reference_logits(artifacts / "asymmetric", tiny_llama, ids[:1])
+    # The decoded weights are float16, as the checkpoint is.
+    torch.testing.assert_close(loaded.logits(ids[:1]), expected, atol=1e-2, rtol=0)
 
 
 def test_the_comparison_tells_artifacts_apart(artifacts: Path, ids: Tensor, consumed: dict[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ As a program, this file loads artifacts through the consumer and writes what the
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from eval.consumers import CONSUMERS, gptqmodel_loader
 from exports.gptq import read
@@ -71,30 +70,14 @@ def consume(ids: Tensor, artifacts: list[Path], folder: Path) -> tuple[dict[str,
     return load_file(folder / "logits.safetensors"), consumers
 
 
-def make(model: Path, folder: Path, recipe: str) -> Path:
-    """Run ``recipe`` on ``model`` without evaluating; the directory of its artifacts."""
-    from quantize.__main__ import main
-
-    (folder / "recipe").mkdir()
-    (folder / "recipe" / "here.yaml").write_text(recipe)
-    arguments = [
-        f"--config-dir={folder}",
-        "recipe=here",
-        f"model.path={model}",
-        f"output_dir={folder / 'run'}",
-        "calibration.num_samples=8",
-        "calibration.seq_len=64",
-        "calibration.batch_tokens=128",
-        "solver.group_size=32",
-        "quality=balanced",
-        "stages=[load,calibrate,quantize,export]",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["quantize", *arguments])
-        patch.setattr(logging.getLogger(), "handlers", [])
-        patch.setenv("HYDRA_FULL_ERROR", "1")
-        assert main() == 0
-    return folder / "run" / "variants"
+SETTINGS = (
+    "calibration.num_samples=8",
+    "calibration.seq_len=64",
+    "calibration.batch_tokens=128",
+    "solver.group_size=32",
+    "quality=balanced",
+    "stages=[load,calibrate,quantize,export]",
+)
 
 
 @torch.no_grad()
@@ -134,8 +117,8 @@ def model(
 
 
 @pytest.fixture(scope="module")
-def artifacts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(model, tmp_path_factory.mktemp("own-loader"), RECIPE)
+def artifacts(model: Path, tmp_path_factory: pytest.TempPathFactory, run_recipe: Callable[..., Path]) -> Path:
+    return run_recipe(tmp_path_factory.mktemp("own-loader"), RECIPE, f"model.path={model}", *SETTINGS) / "variants"
 
 
 @pytest.fixture(scope="module")
@@ -226,24 +209,18 @@ def test_tuning_changes_norms_in_the_artifact_only_by_a_little(artifacts: Path, 
 
 
 def test_experts_are_loaded_by_gptqmodel(
-    tmp_path: Path, make_checkpoint: Callable[..., Path], tiny_tokenizer: PreTrainedTokenizerFast, ids: Tensor
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+    moe_config: Callable[..., PretrainedConfig],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    run_recipe: Callable[..., Path],
+    ids: Tensor,
 ) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        tie_word_embeddings=False,
-    )
+    config = moe_config(vocab_size=320, intermediate_size=128, moe_intermediate_size=64, tie_word_embeddings=False)
     path = make_checkpoint(tmp_path / "moe", config)
     tiny_tokenizer.save_pretrained(path)
-    artifacts = make(path, tmp_path, "# @package _global_\nvariants:\n  moe: {}\n")
+    recipe = "# @package _global_\nvariants:\n  moe: {}\n"
+    artifacts = run_recipe(tmp_path, recipe, f"model.path={path}", *SETTINGS) / "variants"
     assert gptqmodel_loader.needed(artifacts / "moe", {"quant_method": "gptq"})
     logits, consumers = consume(ids, [artifacts / "moe"], tmp_path)
     assert consumers["moe"].startswith("gptqmodel")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from exports.bitsandbytes import check, read
 from exports.shards import read_shards
@@ -35,23 +33,13 @@ Export = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def export(tmp_path_factory: pytest.TempPathFactory, run_recipe: Callable[..., Path]) -> Export:
     """``export(model, variants=VARIANTS, code=0)``: the artifacts' folder of a fresh run that ends with exit code ``code``."""
 
     def run(model: Path, variants: Sequence[str] = VARIANTS, code: int = 0) -> Path:
-        from quantize.__main__ import main
-
-        folder = tmp_path_factory.mktemp("bitsandbytes")
-        (folder / "recipe").mkdir()
-        lines = ["# @package _global_", "variants:", *(f"  {name}: {KINDS[name]}" for name in variants)]
-        (folder / "recipe" / "tried.yaml").write_text("\n".join(lines))
-        arguments = [f"--config-dir={folder}", "recipe=tried", f"model.path={model}", f"output_dir={folder / 'run'}"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["quantize", *arguments, "device=cpu", "stages=[load,export]"])
-            patch.setattr(logging.getLogger(), "handlers", [])
-            patch.setenv("HYDRA_FULL_ERROR", "1")
-            assert main() == code
-        return folder / "run" / "variants"
+        recipe = "\n".join(["# @package _global_", "variants:", *(f"  {name}: {KINDS[name]}" for name in variants)])
+        settings = [f"model.path={model}", "device=cpu", "stages=[load,export]"]
+        return run_recipe(tmp_path_factory.mktemp("bitsandbytes"), recipe, *settings, code=code) / "variants"
 
     return run
 
@@ -241,23 +229,12 @@ def test_a_weight_beyond_float16_is_refused(
 def test_experts_are_refused_and_can_be_skipped(
     export: Export,
     make_checkpoint: Any,
+    moe_config: Any,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    model = make_checkpoint(tmp_path / "model", config)
+    model = make_checkpoint(tmp_path / "model", moe_config())
     tiny_tokenizer.save_pretrained(model)
     export(model, ("nf4",), code=2)
     assert "which bitsandbytes leaves dense; use solver.skip=['experts']" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from exports import CONTAINERS
 from quantize.files import sha256_file
@@ -125,11 +125,15 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_biases_follow_the_scales(
-    family: str, awq: list[str], cli: Cli, tmp_path: Path, make_checkpoint: MakeCheckpoint, tiny_llama: Path
+    family: str,
+    awq: list[str],
+    cli: Cli,
+    tmp_path: Path,
+    make_checkpoint: MakeCheckpoint,
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     model = make_checkpoint(tmp_path / "model", FAMILIES[family])
-    for file in tiny_llama.glob("tokenizer*"):
-        (model / file.name).write_bytes(file.read_bytes())
+    tiny_tokenizer.save_pretrained(model)
     code, _, err = cli(*awq, *FINE, f"model.path={model}", f"output_dir={tmp_path / 'run'}")
     assert code == 0, err
     stored = load_file(model / "model.safetensors")
@@ -154,21 +158,12 @@ def test_experts_are_scaled_too(
     tmp_path: Path,
     make_checkpoint: MakeCheckpoint,
     close_expert: Callable[[Path, int], None],
-    tiny_llama: Path,
+    moe_config: Callable[..., PretrainedConfig],
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    config = Qwen3MoeConfig(
-        **SMALL,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-    )
-    model = make_checkpoint(tmp_path / "model", config)
+    model = make_checkpoint(tmp_path / "model", moe_config(num_experts=8))
     close_expert(model, 5)
-    for file in tiny_llama.glob("tokenizer*"):
-        (model / file.name).write_bytes(file.read_bytes())
+    tiny_tokenizer.save_pretrained(model)
     code, _, err = cli(*awq, f"model.path={model}", f"output_dir={tmp_path / 'run'}")
     assert code == 0, err
     assert "experts.5" in err

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from exports.stream import SafetensorsWriter
 from quantize.__main__ import main
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -274,7 +275,7 @@ def test_a_disk_that_fills_up(fails: Fails, monkeypatch: pytest.MonkeyPatch, dir
 
     with monkeypatch.context() as patch:
         patch.setattr("quantize.files.save_file", full(save_file))
-        patch.setattr("exports.shards.save_file", full(save_file))
+        patch.setattr("exports.shards.SafetensorsWriter", full(SafetensorsWriter))
         patch.setattr(Path, "write_text", full(Path.write_text))
         check(fails(ARTIFACTS), str(directory), "the disk is full", "free some space")
     assert main() == 0

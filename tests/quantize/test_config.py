@@ -155,8 +155,8 @@ def test_variants_take_from_the_top_level_solver_what_they_do_not_set() -> None:
 
 def test_every_solver_field_is_inherited() -> None:
     changed = {
-        "bits": "2",
-        "group_size": "32",
+        "bits": "8",
+        "group_size": "-1",
         "symmetric": "true",
         "desc_act": "false",
         "static_groups": "true",
@@ -180,7 +180,7 @@ def test_every_solver_field_is_inherited() -> None:
         "outlier_threshold": "4.5",
         "double_quant": "true",
     }
-    config = recipe("gptq", "solver=rtn", *(f"solver.{key}={value}" for key, value in changed.items()))
+    config = recipe("gptq", *CT, "solver=rtn", *(f"solver.{key}={value}" for key, value in changed.items()))
     assert vars(config.variants["gptq"].solver) == vars(config.solver)
     assert set(vars(config.solver)) == {"name", *changed}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from exports import CONTAINERS
 from quantize.files import sha256_file
@@ -106,7 +106,8 @@ def test_smoothing_changes_norms_and_not_the_function(
         behind_norm = not name.endswith(("o_proj", "down_proj"))
         assert bool((error <= 0.6 * steps).all()) != behind_norm or (solver == "gptq" and not behind_norm), name
     before, after = logits(tiny_llama), logits(tiny_llama, artifact)
-    assert float((after - before).norm() / before.norm()) < 0.02
+    # Eight bits cost two percent here; a norm without its layers, or layers without their norm, several tens.
+    assert float((after - before).norm() / before.norm()) < 0.05
 
 
 def test_a_smoothed_run_tuned_and_spilled_gives_the_bytes_of_one_in_memory(w8a8: list[str], cli: Cli, tmp_path: Path) -> None:
@@ -137,21 +138,10 @@ def test_a_static_range_that_nothing_tells_is_refused(
     tmp_path: Path,
     make_checkpoint: Callable[..., Path],
     close_expert: Callable[[Path, int], None],
+    moe_config: Callable[..., PretrainedConfig],
     tiny_llama: Path,
 ) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=300,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-    )
-    model = make_checkpoint(tmp_path / "model", config)
+    model = make_checkpoint(tmp_path / "model", moe_config(num_experts=8))
     close_expert(model, 5)
     for file in tiny_llama.glob("tokenizer*"):
         (model / file.name).write_bytes(file.read_bytes())

@@ -44,7 +44,7 @@ def some_weights(seed: int = 1, columns: int = 48) -> list[Tensor]:
 
 
 def statistics_of(inputs: Tensor) -> Statistics:
-    statistics = Statistics()
+    statistics = Statistics(means=True)
     for part in torch.split(inputs, 40):
         statistics.add(part)
     return statistics
@@ -222,7 +222,7 @@ def test_awq_and_gptq_go_together() -> None:
 
 def test_means_are_of_magnitudes() -> None:
     inputs = salient_inputs()
-    statistics = Statistics(windows=2)
+    statistics = Statistics(means=True, windows=2)
     for part in torch.split(inputs, 32):
         statistics.add(part[None])
     torch.testing.assert_close(statistics.means(), inputs.abs().mean(0))

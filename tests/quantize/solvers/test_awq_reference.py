@@ -73,7 +73,7 @@ def test_the_same_scales_on_random_layers(auto_awq: AutoAWQ, seed: int) -> None:
     inputs = torch.randn(2, 128, 128, generator=generator) * torch.rand(128, generator=generator).mul(6).exp()
     layer = nn.Linear(128, 64, bias=False)
     layer.weight.data = torch.randn(64, 128, generator=generator) * 0.05
-    weights, statistics = weights_of([layer]), Statistics()
+    weights, statistics = weights_of([layer]), Statistics(means=True)
     statistics.add(inputs)
     theirs = quantizer(auto_awq)._search_best_scale(nn.Sequential(layer), layer, [layer], inputs)[2]
     loss = layer_loss(weights, [GRID], statistics.hessian())
@@ -99,7 +99,7 @@ def check_block(auto_awq: AutoAWQ, index: int) -> list[bool]:
         owners = find_owners(block, GROUPS, hidden[:1], arguments)
         for group in GROUPS:
             own, seen, owner = [layers[name] for name in group], inputs[group[0]], owners.get(group[0])
-            weights, grids, statistics = weights_of(own), [GRID] * len(group), Statistics()
+            weights, grids, statistics = weights_of(own), [GRID] * len(group), Statistics(means=True)
             statistics.add(seen)
             loss = layer_loss(weights, grids, statistics.hessian())
             module, kwargs = None, {}
