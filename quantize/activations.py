@@ -21,6 +21,11 @@ def quantize_inputs(inputs: Tensor, step: Tensor) -> Tensor:
     return torch.clamp(torch.round(inputs / step), -128, 127) * step
 
 
+def rounded_inputs(inputs: Tensor, step: Tensor) -> Tensor:
+    """As :func:`quantize_inputs`, with the gradient of the identity, so that what lies before them can be trained."""
+    return inputs + (quantize_inputs(inputs.detach(), step) - inputs).detach()
+
+
 def token_steps(inputs: Tensor) -> Tensor:
     """The dynamic step of each token: ``[..., in_features]`` to ``[..., 1]``, positive."""
     return _step(inputs.abs().amax(-1, keepdim=True))

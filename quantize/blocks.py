@@ -321,6 +321,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
+def linear_weight(module: nn.Module) -> Tensor:
+    """A linear layer's weight, ``[out_features, in_features]``."""
+    weight = module.get_parameter("weight")
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
 def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
     """Put ``weight`` ``[out_features, in_features]`` into a linear layer, keeping the layer's dtype."""
     old: Tensor = module.weight  # type: ignore[assignment]

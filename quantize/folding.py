@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.blocks import Arguments, linear_layers, linear_shape
+from quantize.blocks import Arguments, linear_layers, linear_shape, linear_weight, set_linear_weight
 from quantize.forwards import run_block
 
 _OFFSETS = (0.0, 1.0)  # the norm multiplies by weight + offset
@@ -148,6 +148,26 @@ def _observe(
         for handle in handles:
             handle.remove()
     return found
+
+
+def fold_norm(block: nn.Module, norm: Norm, layers: Sequence[str], scales: Tensor) -> dict[str, Tensor]:
+    """Divide a norm's output by ``scales`` and multiply the columns of the layers that read it, in place.
+
+    Args:
+        block: the decoder block.
+        norm: from :func:`find_norms`.
+        layers: names of the layers, inside the block.
+        scales: float32 ``[features]``, as :meth:`Norm.fold` gives them back.
+
+    Returns:
+        The norm's parameters in their stored type, by name inside the block.
+    """
+    dense, modules = norm.fold(scales)[0], linear_layers(block)
+    for name, tensor in dense.items():
+        block.get_parameter(name).data.copy_(tensor)
+    for name in layers:
+        set_linear_weight(modules[name], linear_weight(modules[name]).float() * scales)
+    return dense
 
 
 @contextmanager

@@ -185,6 +185,15 @@ def group_index(in_features: int, group_size: int) -> Tensor:
     return (torch.arange(in_features) // size).to(torch.int32)
 
 
+def grouped(values: Tensor, grid: Grid) -> Tensor:
+    """``[..., columns]`` to ``[..., groups, columns of a group]``; a ragged last group is filled up with zeros."""
+    columns = values.shape[-1]
+    size, groups = grid.columns_per_group(columns), grid.num_groups(columns)
+    if groups * size != columns:
+        values = torch.nn.functional.pad(values, (0, groups * size - columns))
+    return values.reshape(*values.shape[:-1], groups, size)
+
+
 def quantize_nearest(weight: Tensor, grid: Grid, search_steps: int = 0, search_range: float = 0.0) -> QuantizedTensor:
     """Round-to-nearest on ``grid``: every weight goes to the closest value of its group's grid.
 
@@ -194,11 +203,10 @@ def quantize_nearest(weight: Tensor, grid: Grid, search_steps: int = 0, search_r
         search_steps: see :meth:`Grid.find_params`.
         search_range: see :meth:`Grid.find_params`.
     """
-    rows, columns = weight.shape
-    size, groups = grid.columns_per_group(columns), grid.num_groups(columns)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * size - columns)).view(rows, groups, size)
-    scale, zero = grid.find_params(padded, None, search_steps, search_range)
-    codes = grid.encode(padded, scale[..., None], zero[..., None]).view(rows, groups * size)[:, :columns]
+    columns = weight.shape[1]
+    groups = grouped(weight.float(), grid)
+    scale, zero = grid.find_params(groups, None, search_steps, search_range)
+    codes = grid.encode(groups, scale[..., None], zero[..., None]).flatten(1)[:, :columns]
     return QuantizedTensor(
         codes=codes.to(torch.uint8).contiguous(),
         scales=scale.to(grid.scale_dtype),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantize.blocks import Arguments, linear_layers, linear_shape, set_linear_weight
+from quantize.blocks import Arguments, linear_layers, linear_shape, linear_weight, set_linear_weight
 from quantize.folding import is_close
 from quantize.forwards import run_block
 
@@ -128,17 +128,11 @@ def scale_layers(block: nn.Module, link: Link, scales: Tensor) -> None:
     layers = linear_layers(block)
     source, target = layers[link.source], layers[link.target]
     factors = row_factors(link, scales, linear_shape(source)[0])
-    set_linear_weight(source, weight_of(source).float() * factors[:, None])
+    set_linear_weight(source, linear_weight(source).float() * factors[:, None])
     bias = getattr(source, "bias", None)
     if isinstance(bias, Tensor):
         bias.data = (bias.float() * factors).to(bias.dtype)
-    set_linear_weight(target, weight_of(target).float() * scales)
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """A linear layer's weight, ``[out_features, in_features]``."""
-    weight = layer.get_parameter("weight")
-    return weight if isinstance(layer, nn.Linear) else weight.t()
+    set_linear_weight(target, linear_weight(target).float() * scales)
 
 
 @contextmanager

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from quantize.activations import rounded_inputs, token_steps
 from quantize.block_files import BlockFiles, HiddenStates
 from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
@@ -25,7 +28,7 @@ from quantize.groups import find_groups
 from quantize.logs import progress
 from quantize.manifest import release_memory
 from quantize.run import Run, calibration_windows, needs_calibration, solver_options
-from quantize.scaling import BlockScaler, Scaling
+from quantize.scaling import scale_block
 from quantize.solvers import SOLVERS, LayerProblem
 from quantize.statistics import Statistics
 from quantize.tuning import tune_block
@@ -132,7 +135,7 @@ class _CalibratedSteps:
             for batch in range(self.batches):
                 inputs = [self.walk.head_inputs(self.states[kind].load(batch)) for kind in self.kinds]
                 statistics.add(*inputs)
-            done = self.solver.solve([layer], statistics).layers
+            done = self.solver.solve([layer], statistics)
         self.files.write(index, done)
 
 
@@ -148,7 +151,6 @@ class _BlockStep:
         self.layers = linear_layers(block)
         self.done: dict[str, QuantizedTensor] = {}
         self.dense: dict[str, Tensor] = {}
-        self.scaling = Scaling()
         self.without_input: list[str] = []
 
     def run(self) -> None:
@@ -157,10 +159,9 @@ class _BlockStep:
         arguments = steps.arguments[self.index]
         observed = find_groups(self.block, self._look(range(steps.batches)), arguments)
         groups = [[name for name in group if not skipped(self.prefix + name, skip)] for group in observed]
-        scaler = BlockScaler(
-            self.block, self.prefix, arguments, steps.solver, lambda name: self.walk.stored_dtype(self.prefix + name)
+        self.scaling = scale_block(
+            self.block, self.prefix, arguments, steps.solver, self._stored_dtype, observed, groups, self._some
         )
-        self.scaling = scaler.prepare(observed, groups, self._some)
         self.dense |= self.scaling.dense
         reference = None
         if "reference" in steps.kinds:
@@ -172,10 +173,10 @@ class _BlockStep:
             self._solve([name], steps.solver.statistics())
         quantized = self._stream("quantized", self.block)
         wanted = [group for group in groups if group]
-        steps.forward(wanted, steps.batches, arguments, quantized, reference, self._solve, steps.solver.statistics)
-        self._fold()
-        if steps.options.tune_epochs and self.done:
-            self.dense |= self._tune()
+        with self._rounding(wanted):
+            steps.forward(wanted, steps.batches, arguments, quantized, reference, self._solve, steps.solver.statistics)
+            if steps.options.tune_epochs and self.done:
+                self.dense |= self._tune()
         if self.without_input:
             log.warning("no calibration token reaches %s; rounded to nearest", ", ".join(self.without_input))
         steps.files.write(self.index, self.done, {self.prefix + name: tensor for name, tensor in self.dense.items()})
@@ -196,31 +197,51 @@ class _BlockStep:
         count = -(-windows // self.steps.per_batch)
         return self._look(range(0, self.steps.batches, max(1, self.steps.batches // count)))
 
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return self.walk.stored_dtype(self.prefix + name)
+
     def _solve(self, names: list[str], statistics: Statistics) -> None:
+        full = [self.prefix + name for name in names]
         if not statistics.count:
-            self.without_input += [self.prefix + name for name in names]
+            self.without_input += full
         solved = self.steps.solver.solve(
-            [self.prefix + name for name in names],
-            statistics,
-            self.scaling.norms.get(names[0]),
-            self.scaling.owners.get(names[0]),
-            lambda name: self.scaling.weight(name.removeprefix(self.prefix), self.walk.weight(name)),
+            full, statistics, lambda name: self.scaling.weight(name.removeprefix(self.prefix), self.walk.weight(name))
         )
-        for name, tensor in solved.layers.items():
-            # The norm stays as it is until the forward is through, for its output is on its way already.
-            weight = tensor.dequantize() if solved.scales is None else tensor.dequantize() / solved.scales
-            set_linear_weight(self.layers[name.removeprefix(self.prefix)], weight)
-        self.done |= solved.layers
-        self.dense |= solved.dense
+        for name, tensor in solved.items():
+            set_linear_weight(self.layers[name.removeprefix(self.prefix)], tensor.dequantize())
+        self.done |= solved
         release_memory()
 
-    def _fold(self) -> None:
-        """Bring the block into the form in which it is stored: norms divided, the layers behind them multiplied."""
-        for name, tensor in self.dense.items():
-            self.block.get_parameter(name).data.copy_(tensor)
-        if self.dense:
-            for name, quantized in self.done.items():
-                set_linear_weight(self.layers[name.removeprefix(self.prefix)], quantized.dequantize())
+    @contextlib.contextmanager
+    def _rounding(self, groups: list[list[str]]) -> Iterator[None]:
+        """While it lasts, layers compute with inputs on the grid that they will have, and what lies behind learns of that.
+
+        Dynamic steps are known beforehand, so solvers get the rounded inputs as well. A static one is found from inputs as they
+        are, and holds from then on.
+        """
+
+        def dynamic(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            return (rounded_inputs(args[0], token_steps(args[0])),)
+
+        def static(name: str, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+            step = self.done[name].input_scale if name in self.done else None
+            return forward(inputs if step is None else rounded_inputs(inputs, step.to(inputs.device, inputs.dtype)))
+
+        kind = self.steps.options.input_activations
+        layers = {name: self.layers[name] for group in groups for name in group} if kind != "none" else {}
+        handles = []
+        for name, layer in layers.items():
+            if kind == "dynamic":
+                handles.append(layer.register_forward_pre_hook(dynamic))
+            else:
+                layer.forward = functools.partial(static, self.prefix + name, layer.forward)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in layers.values():
+                layer.__dict__.pop("forward", None)
 
     def _tune(self) -> dict[str, Tensor]:
         """Tune the block, and run it once more: its outputs have changed. Gives the changed tensors that are not codes."""
@@ -239,7 +260,7 @@ class _BlockStep:
             arguments,
             steps.options.tune_epochs,
             steps.seed + self.index,
-            {name: self.walk.stored_dtype(self.prefix + name) for name, _ in self.block.named_parameters()},
+            {name: self._stored_dtype(name) for name, _ in self.block.named_parameters()},
         )
         self.done = {self.prefix + name: tensor for name, tensor in tuned.items()}
         for name, tensor in tuned.items():

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quantize.grids import Grid, QuantizedTensor, group_index
+from quantize.grids import Grid, QuantizedTensor, group_index, grouped
 from quantize.solvers import gptq
 from quantize.solvers.base import LayerProblem, ScaleProblem, Solver
 
@@ -241,15 +241,6 @@ class _Clip:
     def _error_of(self, scale: Tensor, zero: Tensor) -> Tensor:
         error = self._grid.round_trip(self._groups, scale[..., None], zero[..., None]).sub_(self._groups)
         return torch.bmm(error, self._blocks).mul_(error).sum(-1)
-
-
-def grouped(values: Tensor, grid: Grid) -> Tensor:
-    """``[..., columns]`` to ``[..., groups, columns of a group]``; a ragged last group is filled up with zeros."""
-    columns = values.shape[-1]
-    size, groups = grid.columns_per_group(columns), grid.num_groups(columns)
-    if groups * size != columns:
-        values = torch.nn.functional.pad(values, (0, groups * size - columns))
-    return values.reshape(*values.shape[:-1], groups, size)
 
 
 def hessian_blocks(hessian: Tensor, grid: Grid) -> Tensor:

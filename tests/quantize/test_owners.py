@@ -9,10 +9,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, OPTConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
-from quantize.blocks import DecoderWalk, linear_layers, set_linear_weight
+from quantize.blocks import DecoderWalk, linear_layers, linear_weight, set_linear_weight
 from quantize.checkpoint import open_checkpoint
 from quantize.groups import find_groups
-from quantize.linear_folding import weight_of
 from quantize.owners import find_owners
 
 MakeCheckpoint = Callable[..., Path]
@@ -59,7 +58,7 @@ def test_candidates_together_give_what_each_gives_alone(family: str, tmp_path: P
             if group[0] not in owners:
                 continue
             owner = owners[group[0]]
-            original = [weight_of(layers[name]).clone() for name in group]
+            original = [linear_weight(layers[name]).clone() for name in group]
             noise = [torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(2)) for weight in original]
             candidates = [weight + 0.1 * own for weight, own in zip(original, noise, strict=True)]
             found = owner.error(windows, candidates)

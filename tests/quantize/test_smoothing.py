@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantize.activations import quantize_inputs, token_steps
 from quantize.grids import Grid, quantize_nearest
-from quantize.smoothing import smoothing_scales
+from quantize.smoothing import _ExpectedError, _importance, smoothing_scales
 from quantize.solvers.base import SolverOptions
 
 GRID = Grid(8, -1, True, 0)
@@ -30,11 +30,11 @@ def weights(seed: int = 1) -> list[Tensor]:
 
 
 def error(inputs: Tensor, layers: list[Tensor], scales: Tensor) -> float:
-    """Squared error of the outputs when inputs and weights are rounded to 8 bits."""
+    """Weighted squared error of the outputs when inputs and weights are rounded to 8 bits."""
     weight = torch.cat(layers)
-    scaled = inputs / scales
+    scaled, outputs = inputs / scales, inputs @ weight.t()
     rounded = quantize_inputs(scaled, token_steps(scaled)) @ quantize_nearest(weight * scales, GRID).dequantize().t()
-    return float((rounded - inputs @ weight.t()).square().sum())
+    return float(((rounded - outputs).square().sum(1) * _importance(outputs)).sum())
 
 
 def test_outlier_channels_are_made_small() -> None:
@@ -82,3 +82,59 @@ def test_channels_that_are_always_zero_do_no_harm() -> None:
     inputs[:, 5] = 0
     scales, _ = smoothing_scales(weights(), GRID, inputs.abs().amax(0), inputs, DYNAMIC, lambda wanted: wanted)
     assert bool(torch.isfinite(scales).all()) and bool((scales > 0).all())
+
+
+def gradual_inputs(rows: int = 256) -> Tensor:
+    """Inputs whose channels differ in ways that no power of their maxima describes: size, tails, and how weights read them."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(rows, 48, generator=generator)
+    values[:, :16] *= values[:, :16].abs()  # heavier tails: a larger maximum for the same energy
+    return values * torch.logspace(-1, 1, 48)[torch.randperm(48, generator=generator)]
+
+
+def test_descent_finds_what_no_exponent_does() -> None:
+    inputs, layers = gradual_inputs(), weights()
+    maxima = inputs.abs().amax(0)
+    layers[0][:, 10:20] *= 10
+    exponents = []
+    for step in range(11):
+        options = SolverOptions(input_activations="dynamic", smoothquant=True, smoothquant_alpha=step / 10)
+        exponents.append(error(inputs, layers, smoothing_scales(layers, GRID, maxima, inputs, options, lambda s: s)[0]))
+    scales, _ = smoothing_scales(layers, GRID, maxima, inputs, DYNAMIC, lambda wanted: wanted)
+    assert error(inputs, layers, scales) < 0.9 * min(exponents)
+
+
+@pytest.mark.parametrize("grid", [GRID, Grid(8, 16, False, 0)])
+@pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
+def test_the_closed_form_is_the_error_that_rounding_makes(activations: str, grid: Grid) -> None:
+    inputs, layers = torch.randn(512, 48, generator=torch.Generator().manual_seed(0)), weights()
+    weight, scales = torch.cat(layers), torch.rand(48, generator=torch.Generator().manual_seed(1)) + 0.5
+    scaled, maxima = inputs / scales, inputs.abs().amax(0)
+    if activations == "dynamic":
+        scaled = quantize_inputs(scaled, token_steps(scaled))
+    elif activations == "static":
+        scaled = quantize_inputs(scaled, token_steps((maxima / scales)[None]))
+    rounded = scaled @ quantize_nearest(weight * scales, grid).dequantize().t()
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(2))
+    found = ((rounded - inputs @ weight.t()).square().sum(1) * importance).sum()
+    expected = _ExpectedError(weight, grid, maxima, inputs, importance, activations)(scales)
+    assert float(expected) == pytest.approx(float(found), rel=0.05)
+
+
+def test_one_enormous_token_does_not_take_the_scales_for_itself() -> None:
+    inputs, layers = torch.randn(64, 48, generator=torch.Generator().manual_seed(0)), weights()
+    inputs[0, 7] = 3000
+    scales, _ = smoothing_scales(layers, GRID, inputs.abs().amax(0), inputs, DYNAMIC, lambda wanted: wanted)
+    usual = inputs[1:]
+    assert error(usual, layers, scales) < 1.5 * error(usual, layers, torch.ones(48))
+
+
+def test_scales_that_have_to_be_equal_are() -> None:
+    inputs, layers = gradual_inputs(), weights()
+
+    def shared(wanted: Tensor) -> Tensor:
+        return wanted.view(2, 24).mean(0).repeat(2)
+
+    scales, alpha = smoothing_scales(layers, GRID, inputs.abs().amax(0), inputs, DYNAMIC, shared)
+    assert alpha is not None and torch.equal(scales[:24], scales[24:])
+    assert error(inputs, layers, scales) < error(inputs, layers, torch.ones(48))

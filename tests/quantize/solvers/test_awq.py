@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quantize.grids import Grid, quantize_nearest
+from quantize.grids import Grid, grouped, quantize_nearest
 from quantize.solvers import SOLVERS, LayerProblem, ScaleProblem, SolverOptions
 from quantize.solvers import awq as solver
 from quantize.solvers.awq import (
     candidate_scales,
     clipped_params,
     find_scales,
-    grouped,
     hessian_blocks,
     layer_loss,
     module_loss,

@@ -23,11 +23,10 @@ from quantize.blocks import DecoderWalk, linear_layers
 from quantize.checkpoint import open_checkpoint
 from quantize.demo_model import demo_model
 from quantize.forwards import run_block
-from quantize.grids import Grid, QuantizedTensor, group_index, quantize_nearest
+from quantize.grids import Grid, QuantizedTensor, group_index, grouped, quantize_nearest
 from quantize.owners import find_owners
 from quantize.solvers.awq import (
     candidate_scales,
-    grouped,
     hessian_blocks,
     layer_loss,
     module_loss,
