@@ -23,7 +23,7 @@ def spec_of(artifact: Path) -> VariantSpec:
     """The variant that an artifact directory is, by its config.
 
     Raises:
-        InputError: it is in no container that this project knows, or the layers of the checkpoint are on several grids.
+        InputError: it is in no container that the memory report measures, or the layers of the checkpoint are on several grids.
     """
     container = container_of(artifact)
     config = read_json(artifact / "config.json")
@@ -36,6 +36,10 @@ def spec_of(artifact: Path) -> VariantSpec:
             raise InputError(f"{artifact} has layers on several grids; the memory report compares checkpoints with one")
         symmetric = bool(quantization.get("sym", True))
         return VariantSpec(artifact.name, "gptq", quantization["bits"], quantization["group_size"], symmetric, dtype)
+    if container != "compressed-tensors":
+        raise InputError(
+            f"{artifact} is a checkpoint of {container}; the memory report measures safetensors, gptq and compressed-tensors"
+        )
     groups = list(quantization["config_groups"].values())
     if len(groups) != 1:
         raise InputError(f"{artifact} has {len(groups)} config_groups; the memory report compares checkpoints with one")

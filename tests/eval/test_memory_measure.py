@@ -136,6 +136,13 @@ def test_transformers_unpacks_compressed_tensors(tiny_llama: Path, tmp_path: Pat
     assert spec_of(artifact) == VariantSpec("int8", "int-quantized", 8, -1, True, "float16")
 
 
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes"])
+def test_containers_that_are_not_measured_are_named(method: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    with pytest.raises(InputError, match=f"a checkpoint of {method}; the memory report measures"):
+        spec_of(tmp_path)
+
+
 def test_allocations_are_counted_to_the_byte() -> None:
     def work() -> torch.Tensor:
         first = torch.empty(1000, dtype=torch.float32)
