@@ -87,7 +87,7 @@ class SolverConfig:
     observer: str = "minmax"  # of static ranges: minmax | percentile | mse
     percentile: float = 99.99  # of |x|, for observer=percentile
     smoothquant: bool = False
-    smoothquant_alpha: float | None = None  # null: searched for each norm
+    smoothquant_alpha: float | None = None  # null: searched for each group of layers
     alpha_steps: int = 20  # awq: strengths of scaling that are tried before the best is refined
     search_loss: str = "layer"  # awq: layer | module (by whose outputs scales are judged)
     lm_head: bool = False
