@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.blocks import Arguments, linear_layers, linear_shape, linear_weight, set_linear_weight
+from quantize.blocks import Arguments, linear_layers, linear_weight, set_linear_weight
 from quantize.forwards import run_block
 
 _OFFSETS = (0.0, 1.0)  # the norm multiplies by weight + offset
@@ -173,25 +173,29 @@ def fold_norm(block: nn.Module, norm: Norm, layers: Sequence[str], scales: Tenso
 @contextmanager
 def _scaled(block: nn.Module, norm: Norm, layers: Sequence[str], scales: Tensor) -> Iterator[None]:
     """The block with the norm divided and the layers multiplied by ``scales``; put back afterwards."""
-    module, modules = block.get_submodule(norm.name), linear_layers(block)
-    weights = {name: modules[name].get_parameter("weight") for name in layers}
-    kept = {name: weight.data for name, weight in weights.items()}
-    norm_kept = {name: parameter.data for name, parameter in module.named_parameters()}
-    try:
+    module, modules = block.get_submodule(norm.name), [linear_layers(block)[name] for name in layers]
+    with restored([module, *modules]):
         weight = module.get_parameter("weight")
         weight.data = ((norm.weight + norm.offset) / scales - norm.offset).to(weight.dtype)
         if norm.bias is not None:
             module.get_parameter("bias").data = (norm.bias / scales).to(weight.dtype)
-        for name, parameter in weights.items():
-            rows, columns = linear_shape(modules[name])
-            straight = parameter.shape == (rows, columns) and isinstance(modules[name], nn.Linear)
-            parameter.data = parameter.data * (scales if straight else scales[:, None]).to(parameter.dtype)
+        for layer in modules:
+            set_linear_weight(layer, linear_weight(layer) * scales)
+        yield
+
+
+@contextmanager
+def restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards modules have the parameters they had, whether those were replaced or got other values."""
+    kept = [{name: parameter for name, parameter in module._parameters.items() if parameter is not None} for module in modules]
+    data = [{name: parameter.data for name, parameter in own.items()} for own in kept]
+    try:
         yield
     finally:
-        for name, parameter in weights.items():
-            parameter.data = kept[name]
-        for name, parameter in module.named_parameters():
-            parameter.data = norm_kept[name]
+        for module, own, values in zip(modules, kept, data, strict=True):
+            module._parameters.update(own)
+            for name, parameter in own.items():
+                parameter.data = values[name]
 
 
 def is_close(found: Tensor, expected: Tensor) -> bool:

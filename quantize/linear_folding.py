@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.blocks import Arguments, linear_layers, linear_shape, linear_weight, set_linear_weight
-from quantize.folding import is_close
+from quantize.folding import is_close, restored
 from quantize.forwards import run_block
 
 
@@ -138,14 +138,7 @@ def scale_layers(block: nn.Module, link: Link, scales: Tensor) -> None:
 @contextmanager
 def _scaled(block: nn.Module, link: Link, scales: Tensor) -> Iterator[None]:
     """The block with the pair scaled; put back afterwards."""
-    layers = [linear_layers(block)[name] for name in (link.source, link.target)]
-    kept = [dict(layer._parameters) for layer in layers]
-    data = [{name: parameter.data for name, parameter in own.items() if parameter is not None} for own in kept]
-    try:
+    layers = linear_layers(block)
+    with restored([layers[link.source], layers[link.target]]):
         scale_layers(block, link, scales)
         yield
-    finally:
-        for layer, own, values in zip(layers, kept, data, strict=True):
-            layer._parameters.update(own)
-            for name, value in values.items():
-                layer.get_parameter(name).data = value
