@@ -14,6 +14,10 @@ from torch import Tensor
 from quantize.grids import Grid, QuantizedTensor
 
 
+def _nothing(name: str) -> Any:
+    raise KeyError(name)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """What a container writes; tensors are streamed.
@@ -27,6 +31,10 @@ class Artifact:
         options: solver facts worth recording in the artifact, by the names of the recipe's fields, and ``quantizer``.
         layers: the grid of every quantized layer, by full name (``quantized`` is a stream and can be read only once).
         outside: linear layers outside the decoder blocks that stay dense (the output embedding).
+        stored: where a container with a plan of its own (GGUF) puts each tensor, by name, in the file's order.
+        tensor: any one of ``dense``, by name, for containers with an order of their own.
+        layer: any one of ``quantized``, likewise.
+        tokenizer: a directory with the tokenizer's files, for containers that hold the tokenizer too.
     """
 
     config: Mapping[str, Any]
@@ -37,6 +45,10 @@ class Artifact:
     options: Mapping[str, Any]
     layers: Mapping[str, Grid] = field(default_factory=dict)
     outside: tuple[str, ...] = ()
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    tensor: Callable[[str], Tensor] = _nothing
+    layer: Callable[[str], QuantizedTensor] = _nothing
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,11 @@ class Container:
         shuffled_groups: whether columns of one group may lie anywhere in the layer (``g_idx``).
         quantized_inputs: whether it can say that a layer's inputs are quantized too.
         mixed_grids: whether layers may be on different grids.
-        head: whether the output embedding may be quantized.
+        head: whether the output embedding may be quantized by a solver.
+        dense: whether it also holds models of which nothing is quantized.
+        rounds: whether it rounds to nearest itself, by its format's own arithmetic; solvers then choose only what is calibrated.
+        file_types: the files it can make, each a grid for every layer (``variants.NAME.grid``); none where grids are free.
+        complete: whether what it writes holds the tokenizer and everything else a consumer needs.
     """
 
     quantized: bool
@@ -66,6 +82,10 @@ class Container:
     quantized_inputs: bool = False
     mixed_grids: bool = True
     head: bool = True
+    dense: bool = False
+    rounds: bool = False
+    file_types: tuple[str, ...] = ()
+    complete: bool = False
 
 
 def packed_tensors(artifact: Artifact, pack: Callable[[QuantizedTensor], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -92,6 +92,21 @@ class BlockFiles:
                     stored = [part for part in _PARTS if f"{layer}.{part}" in names]
                     parts = {part: file.get_tensor(f"{layer}.{part}") for part in stored}
                     yield layer, QuantizedTensor(**parts, grid=grids[layer])
+
+    @staticmethod
+    def reader(directory: Path, grids: Mapping[str, Grid]) -> Callable[[str], QuantizedTensor]:
+        """Gives any one quantized layer of a finished quantization, by full name."""
+        files = {}
+        for path in sorted(directory.glob("block-*.safetensors")) if grids else ():
+            with safe_open(path, "pt") as file:
+                files |= {name.rsplit(".", 1)[0]: path for name in file.keys() if not name.startswith(_DENSE)}  # noqa: SIM118
+
+        def read(layer: str) -> QuantizedTensor:
+            with safe_open(files[layer], "pt") as file:
+                stored = [part for part in _PARTS if f"{layer}.{part}" in file.keys()]  # noqa: SIM118
+                return QuantizedTensor(**{part: file.get_tensor(f"{layer}.{part}") for part in stored}, grid=grids[layer])
+
+        return read
 
     @staticmethod
     def read_dense(directory: Path) -> dict[str, Tensor]:

@@ -94,7 +94,13 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     entry = SOLVERS[solver.name]
     # A container whose own program quantizes is for the solvers that name it, and they for it alone.
     delegates = {other.container for other in SOLVERS.values()}
-    fits = [name for name, kind in CONTAINERS.items() if name not in delegates and kind.quantized == entry.quantizes]
+    fits = [
+        name
+        for name, kind in CONTAINERS.items()
+        if name not in delegates
+        and (kind.quantized == entry.quantizes or kind.dense)
+        and (entry.blocks or not kind.file_types)
+    ]
     fits = [entry.container] if entry.container else fits
     if variant.container not in fits:
         raise InputError(
@@ -102,6 +108,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
         )
     if variant.dtype is not None:
         _one_of(f"{key}.dtype", variant.dtype, DTYPES)
+    _check_file_type(key, variant)
     if entry.quantizes:
         Grid(solver.bits, solver.group_size, solver.symmetric)
         _check_inputs(key, variant)
@@ -118,6 +125,8 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
         raise InputError(f"{key}.solver.search_steps={solver.search_steps} is negative; use 0 (min-max), 40 or null")
     if solver.gptaq_alpha is not None and not 0 <= solver.gptaq_alpha <= 1:
         raise InputError(f"{key}.solver.gptaq_alpha={solver.gptaq_alpha} is not in [0, 1]; use 0 (off), 1 (full) or null")
+    if solver.refits is not None and solver.refits < 0:
+        raise InputError(f"{key}.solver.refits={solver.refits} is negative; use 0, 2 or null")
     if solver.tune_epochs is not None and solver.tune_epochs < 0:
         raise InputError(f"{key}.solver.tune_epochs={solver.tune_epochs} is negative; use 0, 2 or null")
     if not 0 < solver.damp_percent < 1:
@@ -125,6 +134,31 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     _at_least(f"{key}.solver.block_size", solver.block_size, 1, 128)
     for pattern in solver.skip:
         _check_pattern(f"{key}.solver.skip", pattern)
+
+
+def _check_file_type(key: str, variant: VariantConfig) -> None:
+    """What concerns containers whose files come in types, each with a grid of its own."""
+    from exports import CONTAINERS
+    from exports.gguf import DENSE_TYPES
+    from exports.gguf_types import TYPES
+    from quantize.solvers import SOLVERS
+
+    types, quantizes = CONTAINERS[variant.container].file_types, SOLVERS[variant.solver.name].quantizes
+    named = {name: getattr(variant, name) for name in ("grid", "token_embedding_type", "output_tensor_type")}
+    if not types:
+        given = [name for name, value in named.items() if value is not None] + ["pure"] * variant.pure
+        if given:
+            raise InputError(f"{key}.{given[0]} is for container=gguf; {variant.container} takes solver.bits and group_size")
+        return
+    dense = tuple(name.lower() for name in DENSE_TYPES)
+    fits = tuple(name for name in types if (name not in dense) == quantizes)
+    if variant.grid is not None or quantizes:
+        _one_of(f"{key}.grid", str(variant.grid), fits)
+    for name in ("token_embedding_type", "output_tensor_type"):
+        if named[name] is not None:
+            _one_of(f"{key}.{name}", named[name], tuple(kind.lower() for kind in TYPES))
+    if variant.solver.overrides:
+        raise InputError(f"{key}.solver.overrides: {variant.grid} says what each layer gets; use [], or solver.skip for F16 layers")
 
 
 def _check_inputs(key: str, variant: VariantConfig) -> None:
@@ -160,7 +194,7 @@ def _check_inputs(key: str, variant: VariantConfig) -> None:
             f"{key}.container={variant.container} has one bits and one group_size for all layers; use solver.overrides=[], or "
             "solver.skip for dense layers"
         )
-    ordered = "gptq" in solver.name and solver.desc_act and not solver.static_groups
+    ordered = "gptq" in solver.name and solver.desc_act and not solver.static_groups and not container.file_types
     if ordered and not container.shuffled_groups and any(grid.group_size != -1 for grid in grids_of(solver)):
         raise InputError(
             f"{key}.container={variant.container} stores groups of consecutive columns; use solver.static_groups=true, or "

@@ -19,9 +19,9 @@ STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
 # What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "tune_epochs": 0},
-    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "tune_epochs": 0},
-    "best": {"search_steps": 40, "gptaq_alpha": 1.0, "tune_epochs": 2},
+    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "refits": 0, "tune_epochs": 0},
+    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "refits": 0, "tune_epochs": 0},
+    "best": {"search_steps": 40, "gptaq_alpha": 1.0, "refits": 0, "tune_epochs": 2},
 }
 ACTIVATIONS = ("memory", "disk")
 INPUT_ACTIVATIONS = ("none", "dynamic", "static")
@@ -82,6 +82,7 @@ class SolverConfig:
     # null: as `quality` says
     search_steps: int | None = None
     gptaq_alpha: float | None = None
+    refits: int | None = None
     tune_epochs: int | None = None
     input_activations: str = "none"  # none | dynamic (8 bits, a scale for each token) | static (8 bits, one scale for all)
     observer: str = "minmax"  # of static ranges: minmax | percentile | mse
@@ -113,6 +114,7 @@ class VariantSolverConfig(SolverConfig):
     double_quant: bool = II("solver.double_quant")
     search_steps: int | None = II("solver.search_steps")
     gptaq_alpha: float | None = II("solver.gptaq_alpha")
+    refits: int | None = II("solver.refits")
     tune_epochs: int | None = II("solver.tune_epochs")
     input_activations: str = II("solver.input_activations")
     observer: str = II("solver.observer")
@@ -131,8 +133,12 @@ class VariantConfig:
     """One artifact: a solver and the container its numbers are written in."""
 
     solver: VariantSolverConfig = field(default_factory=VariantSolverConfig)
-    container: str = "gptq"
+    container: str = II("container")
     dtype: str | None = None  # of tensors that are not quantized: float32 | bfloat16 | float16; null: as in the checkpoint
+    grid: str | None = II("grid")  # gguf: the file type, such as q4_0 or q4_k_m; it decides every layer's bits and groups
+    pure: bool = False  # gguf: the file type's own type for every matrix, and no mix
+    token_embedding_type: str | None = None  # gguf: such as q8_0; null: as llama.cpp has it
+    output_tensor_type: str | None = None
 
 
 @dataclass
@@ -155,6 +161,8 @@ class RunConfig:
     solver: SolverConfig = field(default_factory=SolverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     variants: dict[str, VariantConfig] = field(default_factory=dict)
+    container: str = "gptq"  # of variants that name none
+    grid: str | None = None
     quality: str = "balanced"
     stages: list[str] = field(default_factory=lambda: list(STAGES))
     output_dir: str = MISSING

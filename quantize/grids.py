@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ class Grid:
             raise InputError(f"solver.bits={self.bits} is not supported; use one of {', '.join(map(str, SUPPORTED_BITS))}")
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"solver.group_size={self.group_size} is not a group; use -1 (whole row), 32, 64 or 128")
+
+    real_zeros: ClassVar[bool] = False  # zero points are integers
+    zero_dtype: ClassVar[torch.dtype] = torch.uint8
 
     @property
     def maxq(self) -> int:
@@ -133,6 +137,14 @@ class Grid:
                 "the checkpoint's weights are out of range"
             )
         return scale.to(self.scale_dtype).float().clamp(min=info.smallest_normal * info.eps)
+
+    def allows(self, scale: Tensor) -> Tensor:
+        """Where a scale is one that the grid can have, before it is rounded: bool of the same shape."""
+        return scale > 0
+
+    def settle(self, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored of a layer's scales and zero points, float32 ``[rows, groups]`` each."""
+        return self.round_scale(scales), zeros
 
     def encode(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes of ``values``, float32 of whole numbers in ``[0, maxq]``; shapes broadcast. Ties go to the even integer."""

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from calibration.sources import matching_files
+from exports import CONTAINERS
 from quantize.errors import InputError
 from quantize.manifest import Manifest, step_key, versions
-from quantize.run import Run, needs_calibration
+from quantize.run import Run, needs_calibration, solves
 from quantize.solvers import SOLVERS
 
 
@@ -34,8 +35,7 @@ class StepKeys:
 
     def quantizes(self, name: str) -> bool:
         """Whether a variant has a quantize step: not where weights stay as they are, nor where its container quantizes."""
-        solver = SOLVERS[self.config.variants[name].solver.name]
-        return solver.quantizes and solver.container is None
+        return solves(self.config.variants[name])
 
     def calibrates(self) -> bool:
         """Whether any variant needs calibration windows."""
@@ -61,6 +61,8 @@ class StepKeys:
         config, solver = self.config, self.config.variants[name].solver
         variant = config.variants[name]
         parts: list[Any] = [self.need("load", self.load())["fingerprint"], asdict(solver), repr(self.run.grid(variant))]
+        if variant.grid is not None:
+            parts.append(repr(self.run.stored(variant)))
         if needs_calibration(solver):
             parts.append(self.need("calibrate", self.calibrate())["fingerprint"])
             parts += [config.calibration.batch_tokens, config.quality, config.model.compute_dtype, self.run.device.type]
@@ -69,7 +71,9 @@ class StepKeys:
     def export(self, name: str) -> str:
         """What was quantized, and the container."""
         variant = self.config.variants[name]
-        stored = [variant.container, variant.dtype]
+        stored: list[Any] = [variant.container, variant.dtype]
+        if CONTAINERS[variant.container].file_types:
+            stored.append(repr(self.run.stored(variant)))
         if not self.quantizes(name):
             delegated = SOLVERS[variant.solver.name].quantizes
             parts = [asdict(variant.solver), self.run.device.type] if delegated else []

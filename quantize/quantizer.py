@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import logging
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,6 @@ from quantize.activations import rounded_inputs, token_steps
 from quantize.block_files import BlockFiles, HiddenStates
 from quantize.blocks import linear_layers, set_linear_weight
 from quantize.config import VariantConfig
-from quantize.experts import is_router
 from quantize.files import atomic_directory
 from quantize.forwards import Stream, parallel_forward, rerun_forward, run_block, suspended_forward
 from quantize.grids import QuantizedTensor
@@ -27,18 +25,13 @@ from quantize.group_solver import GroupSolver
 from quantize.groups import find_groups
 from quantize.logs import progress
 from quantize.manifest import release_memory
-from quantize.run import Run, calibration_windows, needs_calibration, solver_options
+from quantize.run import Run, calibration_windows, needs_calibration, skipped, solver_options
 from quantize.scaling import scale_block
 from quantize.solvers import SOLVERS, LayerProblem
 from quantize.statistics import Statistics
 from quantize.tuning import tune_block
 
 log = logging.getLogger(__name__)
-
-
-def skipped(layer: str, patterns: list[str]) -> bool:
-    """Whether a layer is a router, or its full name matches one of the regular expressions in ``solver.skip``."""
-    return is_router(layer) or any(re.search(pattern, layer) for pattern in patterns)
 
 
 def parts_of(run: Run, variant: VariantConfig) -> list[dict[str, tuple[int, int]]]:

@@ -12,11 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from exports import CONTAINERS
+from exports import CONTAINERS, gguf
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.config import QUALITIES, OverrideConfig, RunConfig, SolverConfig, VariantConfig
 from quantize.devices import resolve_compute_dtype, resolve_device
+from quantize.experts import is_router
+from quantize.gguf_grids import gguf_grid
 from quantize.grids import Grid
 from quantize.solvers import SOLVERS, SolverOptions
 
@@ -35,6 +37,7 @@ class Run:
     directory: Path
     model_path: str
     device: torch.device = field(init=False)
+    _stored: dict[str, dict[str, gguf.Stored]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.device = resolve_device(self.config.device)
@@ -61,9 +64,37 @@ class Run:
             return cast(torch.dtype, getattr(torch, variant.dtype))
         return self.stored_dtype
 
+    def file_type(self, variant: VariantConfig) -> str:
+        """The type of a variant's GGUF file by llama.cpp's name, such as ``Q4_0``."""
+        if variant.grid is not None:
+            return variant.grid.upper()
+        return {torch.float32: "F32", torch.bfloat16: "BF16"}.get(self.dense_dtype(variant), "F16")
+
+    def stored(self, variant: VariantConfig) -> dict[str, gguf.Stored]:
+        """Where each tensor goes in a variant's GGUF file, by name.
+
+        Raises:
+            InputError: llama.cpp has no such architecture.
+        """
+        file_type, skip = self.file_type(variant), variant.solver.skip
+        key = repr((file_type, variant.pure, variant.token_embedding_type, variant.output_tensor_type, skip))
+        if key not in self._stored:
+            shapes = {self.walk.canonical(name): self.checkpoint.shape(name) for name in self.checkpoint.names()}
+            chosen = {"embedding": variant.token_embedding_type, "output": variant.output_tensor_type}
+            types = {name: value and value.upper() for name, value in chosen.items()}
+            plan = gguf.plan(self.checkpoint.config_dict(), shapes, file_type, pure=variant.pure, **types)
+            for layer in (layer for index in range(self.walk.count) for layer in self.walk.layer_names(index)):
+                if skip and skipped(layer, skip):
+                    plan[f"{layer}.weight"] = replace(plan[f"{layer}.weight"], kind="F16")
+            self._stored[key] = plan
+        return self._stored[key]
+
     def grid(self, variant: VariantConfig, layer: str = "") -> Grid:
-        """The grid of a layer's codes as the variant's container stores it."""
+        """The grid of a layer's codes as the variant's container stores it; without a layer, that of most layers."""
         container = CONTAINERS[variant.container]
+        if container.file_types:
+            kind = self.stored(variant)[f"{layer}.weight"].kind if layer else gguf.main_type(self.file_type(variant))
+            return gguf_grid(kind)
         return replace(
             grid_of(variant.solver, layer),
             zero_min=container.zero_min,
@@ -77,6 +108,17 @@ class Run:
     def artifact(self, variant: str) -> Path:
         """The directory of a variant's artifact."""
         return self.directory / "variants" / variant
+
+
+def skipped(layer: str, patterns: list[str]) -> bool:
+    """Whether a layer is a router, or its full name matches one of the regular expressions in ``solver.skip``."""
+    return is_router(layer) or any(re.search(pattern, layer) for pattern in patterns)
+
+
+def solves(variant: VariantConfig) -> bool:
+    """Whether a variant's numbers are chosen by a solver here, and not left as they are or to the container."""
+    solver, container = SOLVERS[variant.solver.name], CONTAINERS[variant.container]
+    return solver.quantizes and solver.container is None and not (container.rounds and not needs_calibration(variant.solver))
 
 
 def calibration_windows(run: Run) -> Tensor:
@@ -122,6 +164,7 @@ def override_grid(solver: SolverConfig, override: OverrideConfig) -> Grid:
 def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
     """The solver's options: fields of the recipe, and what ``quality`` says of those left null."""
     solver, preset = variant.solver, QUALITIES[config.quality]
+    blocks = bool(CONTAINERS[variant.container].file_types)  # groups of consecutive columns, whatever their order
 
     def chosen(name: str) -> Any:
         value = getattr(solver, name)
@@ -129,12 +172,13 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
 
     return SolverOptions(
         desc_act=solver.desc_act,
-        static_groups=solver.static_groups,
+        static_groups=solver.static_groups or blocks,
         act_group_aware=solver.act_group_aware,
         damp_percent=solver.damp_percent,
         block_size=solver.block_size,
         search_steps=chosen("search_steps"),
         gptaq_alpha=chosen("gptaq_alpha") if SOLVERS[solver.name].makes_good else 0.0,
+        refits=chosen("refits"),
         tune_epochs=chosen("tune_epochs"),
         input_activations=solver.input_activations,
         observer=solver.observer,

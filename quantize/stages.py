@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from calibration.sources import load_text
 from calibration.windows import pack_windows
-from exports import CONTAINERS
+from exports import CONTAINERS, gguf, gguf_types
 from exports.base import Artifact
 from quantize import __version__
 from quantize.block_files import BlockFiles
@@ -28,8 +30,8 @@ from quantize.files import atomic_directory, files_below, sha256_file, sha256_js
 from quantize.grids import Grid
 from quantize.logs import progress
 from quantize.manifest import StepRecord
-from quantize.quantizer import parts_of, quantize_blocks, skipped
-from quantize.run import Run
+from quantize.quantizer import parts_of, quantize_blocks
+from quantize.run import Run, skipped, solves
 from quantize.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
@@ -165,24 +167,27 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     variant = run.config.variants[name]
     container = CONTAINERS[variant.container]
     checkpoint = run.checkpoint
-    layers = selected_layers(run, variant) if container.quantized else {}
-    # What the container's own program quantizes, it gets dense.
-    solved = {} if SOLVERS[variant.solver.name].container else layers
+    quantizes = SOLVERS[variant.solver.name].quantizes and not container.rounds
+    layers = selected_layers(run, variant) if quantizes or solves(variant) else {}
+    # What the container or its own program quantizes, it gets dense.
+    solved = layers if solves(variant) else {}
     weights = {f"{layer}.weight" for layer in solved}
     everything = [layer for part in parts_of(run, variant) for layer in part] if layers else []
     work = run.work("quantize", name)
     changed = BlockFiles.read_dense(work) if solved else {}
 
     read = ReleasingReader(checkpoint)
+    planned = run.stored(variant) if container.file_types else {}
+    named = {run.walk.canonical(stored) if layers or planned else stored: stored for stored in checkpoint.names()}
+    if unknown := changed.keys() - named.keys():
+        raise ValueError(f"changed tensors that the checkpoint does not have: {', '.join(unknown)}")
+
+    def tensor(canonical: str) -> Tensor:
+        found = changed[canonical] if canonical in changed else read(named[canonical])
+        return cast(canonical, found, dtype) if variant.dtype else found
 
     def dense() -> Iterator[tuple[str, Tensor]]:
-        for stored in checkpoint.names():
-            canonical = run.walk.canonical(stored) if layers else stored
-            if canonical not in weights:
-                tensor = changed.pop(canonical) if canonical in changed else read(stored)
-                yield canonical, cast(stored, tensor, dtype) if variant.dtype else tensor
-        if changed:
-            raise ValueError(f"tuned tensors that the checkpoint does not have: {', '.join(changed)}")
+        yield from ((canonical, tensor(canonical)) for canonical in named if canonical not in weights)
 
     solver, config, dtype = asdict(variant.solver), checkpoint.config_dict(), run.dense_dtype(variant)
     if variant.dtype:
@@ -203,19 +208,30 @@ def export(run: Run, name: str, record: StepRecord) -> None:
             "quantizer": f"quantize:{__version__}",
             "device": str(run.device),
             "desc_act": solver["desc_act"] and "gptq" in solver["name"],
+            "file_type": run.file_type(variant) if planned else None,
         },
+        stored=planned,
+        tensor=tensor,
+        layer=BlockFiles.reader(work, solved),
     )
-    with atomic_directory(run.artifact(name)) as directory:
-        container.write(directory, artifact)
-        checkpoint.copy_side_files(directory)
+    with atomic_directory(run.artifact(name)) as directory, tempfile.TemporaryDirectory() as side:
+        checkpoint.copy_side_files(Path(side) if container.complete else directory)
+        container.write(directory, replace(artifact, tokenizer=Path(side)) if container.complete else artifact)
     record.files = files_below(run.artifact(name))
-    weight_bytes = sum(file.stat().st_size for file in record.files if file.suffix == ".safetensors")
+    weight_bytes = sum(file.stat().st_size for file in record.files if file.suffix in (".safetensors", ".gguf"))
     record.result = {
         "size_bytes": weight_bytes,
-        "bits": variant.solver.bits if layers else torch.finfo(dtype).bits,
+        "bits": _bits(run, variant, bool(layers)),
         "bits_per_weight": 8 * weight_bytes / checkpoint.num_parameters(),
         "quantized_layers": len(layers),
     }
+
+
+def _bits(run: Run, variant: VariantConfig, quantized: bool) -> int:
+    if CONTAINERS[variant.container].file_types:
+        kind = gguf_types.TYPES[gguf.main_type(run.file_type(variant))]
+        return kind.bits or 8 * kind.type_size
+    return variant.solver.bits if quantized else torch.finfo(run.dense_dtype(variant)).bits
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -118,5 +118,5 @@ class _Weight:
     def tensor(self) -> QuantizedTensor:
         """The layer with its present scales, rounded as they will be stored."""
         grid = self._tensor.grid
-        scales = grid.round_scale((self._scales * self.factor).detach()).to(grid.scale_dtype)
-        return replace(self._tensor, scales=scales)
+        scales, zeros = grid.settle((self._scales * self.factor).detach(), self._tensor.zeros.float())
+        return replace(self._tensor, scales=scales.to(grid.scale_dtype), zeros=zeros.to(grid.zero_dtype))

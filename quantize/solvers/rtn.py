@@ -11,4 +11,4 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
     return [quantize_nearest(weight, problem.grid) for weight in problem.weights]
 
 
-SOLVER = Solver(quantizes=True, needs_calibration=False, solve=solve)
+SOLVER = Solver(quantizes=True, needs_calibration=False, solve=solve, blocks=True)
