@@ -67,8 +67,7 @@ NUMBERS: dict[int, np.dtype[Any]] = {
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
-# Several times what the largest vocabularies need (262 144 tokens with scores, types and half a million merges take 1.3
-# million elements and 16 MiB): they bound the time and memory of opening a hostile file of any size.
+# They bound the time and memory of opening a hostile file of any size, and leave room for vocabularies of a million tokens.
 MAX_HEADER = 64 << 20
 MAX_ELEMENTS = 1 << 22
 MAX_KEYS = 1 << 16
@@ -77,7 +76,14 @@ MAX_DEPTH = 4
 
 
 class Header:
-    """The header's bytes, read in order and never beyond their end."""
+    """The header's bytes, read in order from ``position`` on and never beyond their end.
+
+    Every method raises :class:`InputError` where the bytes left do not hold what they claim; ``what`` names it.
+
+    Attributes:
+        position: bytes from the beginning of the file to what is read next.
+        elements: elements of all arrays met so far.
+    """
 
     def __init__(self, file: Path, data: mmap.mmap, position: int = 0) -> None:
         self.file = file
@@ -87,6 +93,7 @@ class Header:
         self.elements = 0
 
     def fail(self, problem: str) -> NoReturn:
+        """Raise: the file is damaged, and how."""
         raise InputError(f"{self.file} is not a readable GGUF model ({problem}); fetch it again")
 
     def take(self, count: int, what: str) -> int:
@@ -100,10 +107,12 @@ class Header:
         return start
 
     def number(self, layout: struct.Struct, what: str) -> int:
+        """An unsigned number, as in ``U32`` and ``U64``."""
         number: int = layout.unpack_from(self.data, self.take(layout.size, what))[0]
         return number
 
     def text(self, what: str, longest: int = MAX_HEADER) -> str:
+        """A string of at most ``longest`` bytes; one that is no UTF-8 is refused."""
         length = self.number(U64, f"the length of {what}")
         if length > longest:
             self.fail(f"{what} is {length} bytes long; at most {longest} are allowed")
@@ -124,6 +133,7 @@ class Header:
         return kind, count
 
     def step_over(self, kind: int, what: str, depth: int = 0) -> None:
+        """Pass a value of type ``kind`` without decoding it; strings are not looked into."""
         if kind in NUMBERS:
             self.take(NUMBERS[kind].itemsize, what)
         elif kind == STRING:
@@ -153,6 +163,7 @@ class Header:
         self.take(position - self.position, what)
 
     def value(self, kind: int, what: str, depth: int = 0) -> Any:
+        """A value that :meth:`step_over` has passed before, as in :attr:`GgufReader.fields`."""
         if kind == STRING:
             return self.text(what)
         if kind in NUMBERS:
