@@ -1,9 +1,9 @@
 """llama.cpp's tools: built once, kept outside the checkout, found again.
 
-``python -m eval.llamacpp_tools`` (``make llamacpp``) fetches the source distribution of the PyPI package ``llama-cpp-python``, checks
-its sha256, and builds the llama.cpp inside (MIT) for this machine's processor. The binaries go to ``bin`` in the folder
-``llama.cpp-VERSION`` of the project's cache; ``$QUANTIZE_LLAMACPP`` names another folder of binaries, such as that of a build one
-has already. An interrupted build goes on where it stopped.
+``python -m eval.llamacpp_tools`` (``make llamacpp``) fetches the source distribution of the PyPI package ``llama-cpp-python``,
+checks its sha256, and builds the llama.cpp inside (MIT) for this machine's processor. The binaries go to ``bin`` in the folder
+``llama.cpp-VERSION`` of the project's cache; ``$QUANTIZE_LLAMACPP`` names another folder of binaries, such as that of a build
+one has already. An interrupted build goes on where it stopped.
 """
 
 from __future__ import annotations

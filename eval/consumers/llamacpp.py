@@ -2,11 +2,11 @@
 
 It answers for whole texts, not for logits, so it stands beside the registry of consumers and not in it. The programs come from
 ``make llamacpp`` (:mod:`eval.llamacpp_tools`). Each function runs one, within a limit of seconds, and raises
-:class:`~quantize.errors.InputError` with the program's last lines where it fails; several of the programs exit with 0 after an error,
-so an answer that is not there counts as a failure as well.
+:class:`~quantize.errors.InputError` with the program's last lines where it fails; several of the programs exit with 0 after an
+error, so an answer that is not there counts as a failure as well.
 
-Perplexity is llama.cpp's protocol (``tools/perplexity``), not :mod:`eval.perplexity`'s: windows of ``context`` tokens that do not
-overlap, of which the tokens behind the middle count; BOS takes the place of a window's first token where the model says so.
+Perplexity is llama.cpp's protocol (``tools/perplexity``), not :mod:`eval.perplexity`'s: windows of ``context`` tokens that do
+not overlap, of which the tokens behind the middle count; BOS takes the place of a window's first token where the model says so.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def perplexity(
         return parse_perplexity(output, seconds)
 
 
-def save_logits(model: Path, text: Path, logits: Path, *, context: int = 1024, chunks: int = 8, limit: float = LIMIT) -> Perplexity:
+def save_logits(
+    model: Path, text: Path, logits: Path, *, context: int = 1024, chunks: int = 8, limit: float = LIMIT
+) -> Perplexity:
     """:func:`perplexity` of the unquantized model, its predictions written to ``logits`` for :func:`kl_divergence`."""
     return perplexity(model, text, context=context, chunks=chunks, logits=logits, limit=limit)
 
@@ -157,7 +159,9 @@ def bench(
     return parse_bench(output)
 
 
-def quantize(source: Path, target: Path, kind: str, *, imatrix: Path | None = None, pure: bool = False, limit: float = LIMIT) -> float:
+def quantize(
+    source: Path, target: Path, kind: str, *, imatrix: Path | None = None, pure: bool = False, limit: float = LIMIT
+) -> float:
     """Quantize a GGUF file with ``llama-quantize``; returns its wall time in seconds.
 
     Args:
@@ -183,7 +187,9 @@ def quantize(source: Path, target: Path, kind: str, *, imatrix: Path | None = No
     return seconds
 
 
-def importance_matrix(model: Path, text: Path, target: Path, *, context: int = 512, chunks: int = 64, limit: float = LIMIT) -> float:
+def importance_matrix(
+    model: Path, text: Path, target: Path, *, context: int = 512, chunks: int = 64, limit: float = LIMIT
+) -> float:
     """Collect an importance matrix with ``llama-imatrix`` on the first ``chunks`` windows of a text; returns its seconds.
 
     Raises:

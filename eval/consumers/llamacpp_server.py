@@ -1,7 +1,7 @@
 """Greedy continuations by llama.cpp, with the token ids: from ``llama-server``, on a socket that only this process knows.
 
-Of llama.cpp's programs only the server gives the ids of what it generates. It listens on a UNIX socket in a folder of its own, so that
-no port has to be found free, and ends with the call.
+Of llama.cpp's programs only the server gives the ids of what it generates. It listens on a UNIX socket in a folder of its own,
+so that no port has to be found free, and ends with the call.
 """
 
 from __future__ import annotations
