@@ -11,88 +11,28 @@ not overlap, of which the tokens behind the middle count; BOS takes the place of
 
 from __future__ import annotations
 
-import json
-import math
-import re
 import struct
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from eval.consumers.llamacpp_output import (
+    Divergence,
+    Perplexity,
+    Speed,
+    failed,
+    parse_bench,
+    parse_divergence,
+    parse_perplexity,
+)
 from eval.llamacpp_tools import tool
 from quantize.errors import InputError
 from quantize.files import atomic_path
 
 LIMIT = 3600.0  # seconds a program may take
 _BATCH = 2048  # llama.cpp's default number of tokens in a batch
-_LAST_LINES = 4
-_NUMBER = r"(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?nan|-?inf)"
 _LOGITS_MAGIC = b"_logits_"
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """What ``llama-perplexity`` says of a file.
-
-    Attributes:
-        ppl: perplexity per token.
-        error: its standard error, of the text and not of the model.
-        tokens: tokens scored.
-        seconds: wall time of the program.
-    """
-
-    ppl: float
-    error: float
-    tokens: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a file's predictions are from those of the model it was made from, token by token.
-
-    Attributes:
-        mean: Kullback-Leibler divergence of the base's distribution from this one's, in nats; so are ``median``, ``p99`` and
-            ``maximum``.
-        mean_error: standard error of ``mean``.
-        median: half of the tokens lie below.
-        p99: 99 % of the tokens lie below.
-        maximum: of the worst token.
-        same_top: share, 0 to 1, of tokens where both find the same token likeliest.
-        ppl: this file's perplexity on the same tokens.
-        base_ppl: the base's.
-        seconds: wall time of the program.
-    """
-
-    mean: float
-    mean_error: float
-    median: float
-    p99: float
-    maximum: float
-    same_top: float
-    ppl: float
-    base_ppl: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Tokens in a second, each with its standard deviation over repetitions: reading a prompt, and generating.
-
-    Attributes:
-        prompt: of ``prompt_tokens`` tokens in one batch.
-        generation: one token at a time.
-        threads: llama.cpp computed with.
-    """
-
-    prompt: float
-    prompt_deviation: float
-    generation: float
-    generation_deviation: float
-    threads: int
 
 
 def perplexity(
@@ -226,66 +166,6 @@ def context_of(logits: Path) -> int:
     return context
 
 
-def parse_perplexity(output: str, seconds: float) -> Perplexity:
-    """Read the output of ``llama-perplexity``.
-
-    Raises:
-        InputError: it has no final figure, or that is not finite.
-    """
-    final = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}", output)
-    sizes = re.search(r"calculating perplexity over (\d+) chunks, n_ctx=(\d+)", output)
-    if final is None or sizes is None:
-        raise failed("llama-perplexity", "gave no perplexity", output)
-    ppl, error = float(final[1]), float(final[2])
-    if not math.isfinite(ppl):
-        raise failed("llama-perplexity", f"found a perplexity of {ppl}", output)
-    chunks, context = int(sizes[1]), int(sizes[2])
-    return Perplexity(ppl, error, chunks * (context - context // 2 - 1), seconds)
-
-
-def parse_divergence(output: str, seconds: float) -> Divergence:
-    """Read the output of ``llama-perplexity --kl-divergence``.
-
-    Raises:
-        InputError: it lacks a figure.
-    """
-
-    def figures(label: str) -> tuple[float, float]:
-        found = re.search(rf"^\s*{label}\s*:\s*{_NUMBER}(?:\s*±\s*{_NUMBER})?", output, re.MULTILINE)
-        if found is None:
-            raise failed("llama-perplexity --kl-divergence", f"gave no line {label!r}", output)
-        return float(found[1]), float(found[2] or "nan")
-
-    mean, mean_error = figures(r"Mean\s+KLD")
-    return Divergence(
-        mean=mean,
-        mean_error=mean_error,
-        median=figures(r"Median\s+KLD")[0],
-        p99=figures(r"99\.0%\s+KLD")[0],
-        maximum=figures(r"Maximum KLD")[0],
-        same_top=figures(r"Same top p")[0] / 100,
-        ppl=figures(r"Mean PPL\(Q\)")[0],
-        base_ppl=figures(r"Mean PPL\(base\)")[0],
-        seconds=seconds,
-    )
-
-
-def parse_bench(output: str) -> Speed:
-    """Read the JSON of ``llama-bench``.
-
-    Raises:
-        InputError: it is no JSON, or lacks one of the two measurements.
-    """
-    try:
-        rows: list[dict[str, Any]] = json.loads(output)
-        prompt = next(row for row in rows if row["n_prompt"] and not row["n_gen"])
-        generation = next(row for row in rows if row["n_gen"] and not row["n_prompt"])
-        rates = [float(row[key]) for row in (prompt, generation) for key in ("avg_ts", "stddev_ts")]
-        return Speed(*rates, threads=int(generation["n_threads"]))
-    except (json.JSONDecodeError, KeyError, TypeError, StopIteration) as error:
-        raise failed("llama-bench", "gave no measurements", output) from error
-
-
 def run(name: str, arguments: Sequence[str], limit: float, *, errors_apart: bool = False) -> tuple[str, float]:
     """Run a tool; returns what it printed, and its wall time in seconds.
 
@@ -315,13 +195,6 @@ def run(name: str, arguments: Sequence[str], limit: float, *, errors_apart: bool
         outcome = f"failed (exit code {result.returncode})" if result.returncode > 0 else f"died of signal {-result.returncode}"
         raise failed(name, outcome, output + _text(result.stderr))
     return output, time.perf_counter() - started
-
-
-def failed(name: str, outcome: str, output: str) -> InputError:
-    """The error of a tool that gave no answer, with its last lines."""
-    lines = [" ".join(line.split()) for line in output.splitlines()]
-    last = " | ".join([line for line in lines if line][-_LAST_LINES:])
-    return InputError(f"{name} {outcome}; its last lines: {last or '(none)'}")
 
 
 def _text(output: bytes | None) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.consumers.llamacpp import failed
+from eval.consumers.llamacpp_output import failed
 from eval.llamacpp_tools import tool
 from quantize.errors import InputError
 
