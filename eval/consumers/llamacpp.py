@@ -11,6 +11,7 @@ not overlap, of which the tokens behind the middle count; BOS takes the place of
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import subprocess
 import time
@@ -25,6 +26,7 @@ from eval.consumers.llamacpp_output import (
     parse_bench,
     parse_divergence,
     parse_perplexity,
+    parse_windows,
 )
 from eval.llamacpp_tools import tool
 from quantize.errors import InputError
@@ -55,11 +57,10 @@ def perplexity(
     _check_file(model, "model")
     _check_file(text, "text")
     command = ["-m", str(model), "-f", str(text), "-c", str(context), "-b", str(batch_of(context)), "--chunks", str(chunks)]
-    if logits is None:
-        output, seconds = run("llama-perplexity", command, limit)
-        return parse_perplexity(output, seconds)
-    with atomic_path(logits) as temporary:
-        output, seconds = run("llama-perplexity", [*command, "--save-all-logits", str(temporary)], limit)
+    with contextlib.nullcontext() if logits is None else atomic_path(logits) as temporary:
+        saving = [] if temporary is None else ["--save-all-logits", str(temporary)]
+        output, seconds = run("llama-perplexity", [*command, *saving], limit)
+        _check_windows("llama-perplexity", output, text, chunks)
         return parse_perplexity(output, seconds)
 
 
@@ -141,6 +142,7 @@ def importance_matrix(
         files = ["-m", str(model), "-f", str(text), "-o", str(temporary), "--output-format", "gguf"]
         sizes = ["-c", str(context), "-b", str(batch_of(context)), "--chunks", str(chunks)]
         output, seconds = run("llama-imatrix", [*files, *sizes, "--no-ppl"], limit)
+        _check_windows("llama-imatrix", output, text, chunks)
         if not temporary.exists():
             raise failed("llama-imatrix", "wrote no file", output)
     return seconds
@@ -199,6 +201,14 @@ def run(name: str, arguments: Sequence[str], limit: float, *, errors_apart: bool
 
 def _text(output: bytes | None) -> str:
     return (output or b"").decode("utf-8", errors="replace")
+
+
+def _check_windows(name: str, output: str, text: Path, chunks: int) -> None:
+    """A text that is too short is cut down without a word, and below two windows given up."""
+    windows = parse_windows(output)
+    found = 0 if windows is None else windows[0]
+    if "you need at least" in output or 0 < found < chunks:
+        raise failed(name, f"found only {found} of {chunks} windows in {text}: use fewer chunks or a longer text", output)
 
 
 def _check_file(path: Path, what: str) -> None:

@@ -21,12 +21,14 @@ class Perplexity:
     Attributes:
         ppl: perplexity per token.
         error: its standard error, of the text and not of the model.
+        chunks: windows.
         tokens: tokens scored.
         seconds: wall time of the program.
     """
 
     ppl: float
     error: float
+    chunks: int
     tokens: int
     seconds: float
 
@@ -83,14 +85,20 @@ def parse_perplexity(output: str, seconds: float) -> Perplexity:
         InputError: it has no final figure, or that is not finite.
     """
     final = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}", output)
-    sizes = re.search(r"calculating perplexity over (\d+) chunks, n_ctx=(\d+)", output)
-    if final is None or sizes is None:
+    windows = parse_windows(output)
+    if final is None or windows is None:
         raise failed("llama-perplexity", "gave no perplexity", output)
     ppl, error = float(final[1]), float(final[2])
     if not math.isfinite(ppl):
         raise failed("llama-perplexity", f"found a perplexity of {ppl}", output)
-    chunks, context = int(sizes[1]), int(sizes[2])
-    return Perplexity(ppl, error, chunks * (context - context // 2 - 1), seconds)
+    chunks, context = windows
+    return Perplexity(ppl, error, chunks, chunks * (context - context // 2 - 1), seconds)
+
+
+def parse_windows(output: str) -> tuple[int, int] | None:
+    """How many windows ``llama-perplexity`` or ``llama-imatrix`` took, and of how many tokens; None where it does not say."""
+    found = re.search(r"(?:calculating perplexity|computing) over (\d+) chunks, n_ctx=(\d+)", output)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def parse_divergence(output: str, seconds: float) -> Divergence:
