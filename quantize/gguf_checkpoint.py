@@ -1,7 +1,7 @@
 """GGUF files as checkpoints: dequantized tensor by tensor, under the names transformers gives the parameters.
 
-The name map and the undoing of llama.cpp's row permutations are transformers' own (``modeling_gguf_pytorch_utils``), the
-block formats gguf-py's; this module only makes them lazy.
+The name map and the undoing of llama.cpp's row permutations are transformers' own (``modeling_gguf_pytorch_utils``). It reads
+configuration and tokenizer with gguf-py, which believes what a file claims; so :class:`GgufReader` has passed the file first.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from quantize.checkpoint import Checkpoint, load_tokenizer
 from quantize.errors import InputError, one_line
+from quantize.gguf_reader import GgufReader, GgufTensorInfo
+
+# Lists as long as these numbers are made before any tensor is looked at. LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of llama.cpp.
+_MOST = {"block_count": 512, "expert_count": 1024}
+# Weights that are float32 at a time where a matrix can be converted in slices: 16 MiB.
+_SLICE = 1 << 22
 
 
 class GgufCheckpoint(Checkpoint):
@@ -24,39 +32,59 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._reader = GgufReader(path)
+        self._check_metadata()
         try:
-            self._reader = gguf.GGUFReader(path)
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            self._load_architecture()
         except InputError:
             raise
-        except Exception as error:  # gguf-py reports damage by whatever its numpy arithmetic raises
+        except Exception as error:  # transformers reports what it cannot use by whatever its arithmetic raises
             raise InputError(f"{path} is not a readable GGUF model ({one_line(error)}); fetch it again") from error
-        if hasattr(self.config, "quantization_config"):
-            del self.config.quantization_config
-        self._processor = TENSOR_PROCESSORS.get(self._field("general.architecture"), TensorProcessor)(
-            config=self.config.to_dict()
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
-        self._parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        names = get_gguf_hf_weights_map(model, self._processor)
-        self._tensors = {names[tensor.name]: tensor for tensor in self._reader.tensors if tensor.name in names}
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         missing = sorted(set(self._parameters) - set(self._tensors) - tied)
         if missing:
             raise InputError(f"{path} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
+        for name, info in self._tensors.items():
+            if torch.Size(info.shape).numel() != torch.Size(self._parameters[name]).numel():
+                raise InputError(
+                    f"{path}: tensor {info.name} has shape {list(info.shape)}, but {name} of its architecture has "
+                    f"{list(self._parameters[name])}; convert the model again, or give its safetensors"
+                )
         self._dtype = self._majority_dtype()
 
-    def _field(self, key: str) -> Any:
-        return self._reader.fields[key].contents()
+    def _check_metadata(self) -> None:
+        """Refuse what gguf-py or transformers would work on without end, and what is only a part of a model."""
+        parts = self._reader.field("split.count", 1)
+        if parts != 1:
+            raise InputError(
+                f"{self.path} is one of {parts} parts of a model; join them with `llama-gguf-split --merge` and give the result"
+            )
+        for key in self._reader.fields:
+            most = next((limit for name, limit in _MOST.items() if key.endswith(name)), None)
+            if most is None:
+                continue
+            count = self._reader.field(key)
+            if not isinstance(count, int) or not 0 <= count <= most:
+                raise InputError(f"{self.path}: {key} is {count!r}; it must be a whole number from 0 to {most}")
+
+    def _load_architecture(self) -> None:
+        self.config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config
+        self._processor = TENSOR_PROCESSORS.get(self._reader.architecture, TensorProcessor)(config=self.config.to_dict())
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        self._model_class = type(model).__name__
+        self._parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        names = get_gguf_hf_weights_map(model, self._processor)
+        self._tensors = {names[name]: info for name, info in self._reader.tensors.items() if name in names}
 
     def _majority_dtype(self) -> torch.dtype:
-        counts: dict[Any, int] = {}
-        for tensor in self._tensors.values():
-            counts[tensor.tensor_type] = counts.get(tensor.tensor_type, 0) + int(tensor.n_elements)
-        kinds = gguf.GGMLQuantizationType
+        counts: dict[str, int] = {}
+        for info in self._tensors.values():
+            counts[info.kind] = counts.get(info.kind, 0) + torch.Size(info.shape).numel()
         most = max(counts, key=lambda kind: counts[kind])
-        return {kinds.F32: torch.float32, kinds.BF16: torch.bfloat16}.get(most, torch.float16)
+        return {"F32": torch.float32, "BF16": torch.bfloat16}.get(most, torch.float16)
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -68,16 +96,36 @@ class GgufCheckpoint(Checkpoint):
         return self._dtype
 
     def tensor(self, name: str) -> Tensor:
-        stored = self._tensors[name]
+        info = self._tensors[name]
         try:
-            values = gguf.dequantize(stored.data, stored.tensor_type)
-            values = self._processor.process(weights=values, name=stored.name).weights
-            return torch.from_numpy(values.copy()).reshape(self._parameters[name]).to(self._dtype)
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise InputError(f"{self.path}: tensor {stored.name} cannot be read ({one_line(error)})") from error
+            return self._read(info).reshape(self._parameters[name])
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+            raise InputError(f"{self.path}: tensor {info.name} cannot be read ({one_line(error)})") from error
+
+    def _read(self, info: GgufTensorInfo) -> Tensor:
+        data = self._reader.data(info.name)
+        # Processors look at names only, so what becomes of no rows tells whether anything is done to all of them.
+        none = np.empty((0, *info.shape[1:]), np.float32)
+        if len(info.shape) == 1 or not self._unprocessed(none, info.name):
+            values = self._processor.process(weights=dequantize(data, info.kind), name=info.name).weights
+            # PyTorch warns of arrays that cannot be written to: views of the map, which copying cuts loose from it as well.
+            return torch.from_numpy(np.require(values, np.float32, ["C", "W"])).to(self._dtype)
+        rows = data.reshape(-1, info.row_bytes)
+        result = torch.empty((len(rows), info.shape[-1]), dtype=self._dtype)
+        step = max(1, _SLICE // info.shape[-1])
+        for first in range(0, len(rows), step):
+            values = dequantize(rows[first : first + step], info.kind)
+            result[first : first + step] = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))
+        return result
+
+    def _unprocessed(self, weights: NDArray[np.float32], name: str) -> bool:
+        try:
+            return self._processor.process(weights=weights, name=name).weights is weights
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return False
 
     def release(self) -> None:
-        """Nothing to do: the file stays mapped; its pages are a quarter of the FP16 weights' size."""
+        self._reader.release()
 
     def weight_files(self) -> list[Path]:
         return [self.path]
@@ -89,10 +137,22 @@ class GgufCheckpoint(Checkpoint):
         self.tokenizer().save_pretrained(destination)
 
     def config_dict(self) -> dict[str, Any]:
-        architectures = [type(self._architecture()).__name__]
         dtype = str(self._dtype).removeprefix("torch.")
-        return {**super().config_dict(), "architectures": architectures, "dtype": dtype}
+        return {**super().config_dict(), "architectures": [self._model_class], "dtype": dtype}
 
-    def _architecture(self) -> torch.nn.Module:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)  # type: ignore[no-any-return]
+
+def dequantize(data: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    """The values of stored blocks.
+
+    Args:
+        data: uint8 ``[..., row_bytes]``.
+        kind: llama.cpp's name of the type.
+
+    Returns:
+        float32 ``[..., columns]``; for F32 a view of ``data``.
+
+    Raises:
+        KeyError, NotImplementedError: nothing dequantizes ``kind``.
+    """
+    values: NDArray[np.float32] = gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
+    return values
