@@ -177,12 +177,14 @@ def evaluate_artifact(
 
 
 def container_of(artifact: Path) -> str:
-    """Which container an artifact directory is, from its config.
+    """Which container an artifact directory is: from its config, or GGUF where it holds such a file and no config.
 
     Raises:
         InputError: it is none that this project knows a consumer for.
     """
     config_file = artifact / "config.json"
+    if not config_file.exists() and any(artifact.glob("*.gguf")):
+        return "gguf"
     if not config_file.exists():
         raise InputError(f"{artifact} is no artifact: it has no config.json")
     quantization = read_json(config_file).get("quantization_config")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exports import awq, bitsandbytes, compressed_tensors, dense, gptq
+from exports import awq, bitsandbytes, compressed_tensors, dense, gguf, gptq
 from exports.base import Container
 
 CONTAINERS: dict[str, Container] = {
@@ -11,6 +11,7 @@ CONTAINERS: dict[str, Container] = {
     "awq": awq.CONTAINER,
     "compressed-tensors": compressed_tensors.CONTAINER,
     "bitsandbytes": bitsandbytes.CONTAINER,
+    "gguf": gguf.CONTAINER,
 }
 
 __all__ = ["CONTAINERS", "Container"]

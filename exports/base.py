@@ -67,7 +67,7 @@ class Container:
         mixed_grids: whether layers may be on different grids.
         head: whether the output embedding may be quantized by a solver.
         dense: whether it also holds models of which nothing is quantized.
-        rounds: whether it rounds to nearest itself, by its format's own arithmetic; solvers then choose only what is calibrated.
+        rounds: whether it rounds to nearest itself, by its format's own arithmetic; a solver then only calibrates.
         file_types: the files it can make, each a grid for every layer (``variants.NAME.grid``); none where grids are free.
         complete: whether what it writes holds the tokenizer and everything else a consumer needs.
     """

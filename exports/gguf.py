@@ -21,7 +21,7 @@ from torch import Tensor
 
 from exports.base import Artifact, Container
 from exports.gguf_file import GgufTensor, write_gguf
-from exports.gguf_mix import FILE_TYPES, tensor_types
+from exports.gguf_mix import FILE_TYPES, in_order, tensor_types
 from exports.gguf_names import TensorMap
 from exports.gguf_types import TYPES, pack, quantize
 from quantize.errors import InputError
@@ -54,7 +54,7 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file_
         config: the model's Hugging Face config.
         shapes: of all tensors of the checkpoint.
         file_type: one of :data:`exports.gguf_mix.FILE_TYPES`.
-        options: ``pure``, ``embedding`` and ``output`` of :func:`exports.gguf_mix.tensor_types`.
+        options: ``pure``, ``embedding``, ``output`` and ``imatrix`` of :func:`exports.gguf_mix.tensor_types`.
 
     Raises:
         InputError: llama.cpp has no such architecture, or a tensor has no place in it.
@@ -64,7 +64,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file_
     for name, shape in shapes.items():
         if stored := names.name(name):
             placed[name] = (stored, names.shape(name, shape))
-    order = sorted(placed, key=lambda name: _file_order(placed[name][0]))
+    position = {stored: number for number, stored in enumerate(in_order([stored for stored, _ in placed.values()]))}
+    order = sorted(placed, key=lambda name: position[placed[name][0]])
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     kinds = tensor_types(
         [placed[name] for name in order],
@@ -81,14 +82,6 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file_
 def main_type(file_type: str) -> str:
     """The type of most matrices in a file of this type: ``Q4_K`` of ``Q4_K_M``."""
     return file_type.removesuffix("_S").removesuffix("_M")
-
-
-def _file_order(name: str) -> tuple[int, int, str]:
-    """Embeddings first, then block by block, then what follows them."""
-    parts = name.split(".")
-    if parts[0] == "blk":
-        return 1, int(parts[1]), name
-    return (0 if parts[0].startswith(("token", "position", "rope")) else 2), 0, name
 
 
 def check(name: str, out_features: int, in_features: int, grid: Grid) -> None:
@@ -159,7 +152,10 @@ def pack_layer(tensor: QuantizedTensor, kind: str, order: NDArray[Any] | None = 
         if kind != "Q6_K":
             steps.append(common_step(scales * zeros, together, limit))
         supers = np.stack(steps, -1)
-    return pack(codes, scales, -scales * zeros, supers, kind)
+    minima = -scales * zeros
+    if supers is None and TYPES[kind].supers == 2:
+        minima = minima.astype(np.float16).astype(np.float32)  # it was one: undoes the division by the scale
+    return pack(codes, scales, minima, supers, kind)
 
 
 def common_step(values: NDArray[Any], together: int, limit: int) -> NDArray[np.float16]:

@@ -158,7 +158,7 @@ def _check_file_type(key: str, variant: VariantConfig) -> None:
         if named[name] is not None:
             _one_of(f"{key}.{name}", named[name], tuple(kind.lower() for kind in TYPES))
     if variant.solver.overrides:
-        raise InputError(f"{key}.solver.overrides: {variant.grid} says what each layer gets; use [], or solver.skip for F16 layers")
+        raise InputError(f"{key}.solver.overrides: {variant.grid} says what layers get; use [], or solver.skip for F16 layers")
 
 
 def _check_inputs(key: str, variant: VariantConfig) -> None:

@@ -129,7 +129,7 @@ class GgufGrid(Grid):
                 yield extreme * (sign * factor), torch.zeros_like(extreme)
 
     def params_from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero for values from ``low`` to ``high``; for symmetric types, ``low`` is what the lowest code stands for."""
+        """Scale and zero for values from ``low`` to ``high``; of a symmetric type, ``low`` is the lowest code's value."""
         if self.real_zeros:
             scale = ((high - low) / self.maxq).clamp(min=_FP16_LEAST)
             return self._stored(scale, -low / scale)
@@ -178,7 +178,7 @@ class GgufGrid(Grid):
         return torch.where(stored == 0, torch.full_like(stored, _FP16_LEAST), stored)
 
     def settle(self, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-        """What is stored of a layer's scales and zeros, ``[rows, groups]`` each: in FP16, or as codes of a super-block's step."""
+        """What is stored of scales and zeros, ``[rows, groups]`` each: FP16 numbers, or codes of a super-block's step."""
         levels, together = self._layout.levels, self._layout.groups
         if not levels:
             return self._stored(scales, zeros)

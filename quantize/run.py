@@ -77,12 +77,14 @@ class Run:
             InputError: llama.cpp has no such architecture.
         """
         file_type, skip = self.file_type(variant), variant.solver.skip
-        key = repr((file_type, variant.pure, variant.token_embedding_type, variant.output_tensor_type, skip))
+        key = repr((file_type, solves(variant), variant.pure, variant.token_embedding_type, variant.output_tensor_type, skip))
         if key not in self._stored:
             shapes = {self.walk.canonical(name): self.checkpoint.shape(name) for name in self.checkpoint.names()}
             chosen = {"embedding": variant.token_embedding_type, "output": variant.output_tensor_type}
             types = {name: value and value.upper() for name, value in chosen.items()}
-            plan = gguf.plan(self.checkpoint.config_dict(), shapes, file_type, pure=variant.pure, **types)
+            plan = gguf.plan(
+                self.checkpoint.config_dict(), shapes, file_type, pure=variant.pure, imatrix=solves(variant), **types
+            )
             for layer in (layer for index in range(self.walk.count) for layer in self.walk.layer_names(index)):
                 if skip and skipped(layer, skip):
                     plan[f"{layer}.weight"] = replace(plan[f"{layer}.weight"], kind="F16")

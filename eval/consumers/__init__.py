@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.consumers import awq_model, bitsandbytes_model, transformers_model
+from eval.consumers import awq_model, bitsandbytes_model, gguf_model, transformers_model
 from eval.consumers.base import Consumer
 
 CONSUMERS: dict[str, Consumer] = {
@@ -11,6 +11,7 @@ CONSUMERS: dict[str, Consumer] = {
     "awq": awq_model.CONSUMER,
     "bitsandbytes": bitsandbytes_model.CONSUMER,
     "compressed-tensors": transformers_model.CONSUMER,
+    "gguf": gguf_model.CONSUMER,
 }
 
 __all__ = ["CONSUMERS", "Consumer"]

@@ -258,4 +258,6 @@ def _rows_at_once(numbers_a_row: int) -> int:
 
 
 SOLVER = Solver(quantizes=True, needs_calibration=True, solve=solve, find_scales=find_scales)
-AWQ_GPTQ = Solver(quantizes=True, needs_calibration=True, solve=gptq.solve, find_scales=find_scales, makes_good=True, blocks=True)
+AWQ_GPTQ = Solver(
+    quantizes=True, needs_calibration=True, solve=gptq.solve, find_scales=find_scales, makes_good=True, blocks=True
+)

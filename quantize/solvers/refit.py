@@ -49,7 +49,13 @@ Params = tuple[Tensor, Tensor]  # scales and zeros, float32 [rows, groups]
 
 
 def refine(
-    first: Rounding, target: Tensor, hessian: Tensor, groups: Tensor, grid: Grid, again: Callable[[Params], Rounding], rounds: int
+    first: Rounding,
+    target: Tensor,
+    hessian: Tensor,
+    groups: Tensor,
+    grid: Grid,
+    again: Callable[[Params], Rounding],
+    rounds: int,
 ) -> Rounding:
     """Fit scales and round by them in turns.
 

@@ -52,7 +52,9 @@ def test_the_file_holds_what_the_grid_says(values: Tensor, kind: str, search_ste
 def test_settling_is_final(values: Tensor, kind: str) -> None:
     tensor = nearest(values, kind)
     scales, zeros = tensor.grid.settle(tensor.scales.float(), tensor.zeros)
-    assert torch.allclose(scales, tensor.scales.float(), rtol=1e-6) and torch.allclose(zeros, tensor.zeros, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(scales, tensor.scales.float(), rtol=1e-6) and torch.allclose(
+        zeros, tensor.zeros, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
