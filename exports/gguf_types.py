@@ -25,8 +25,8 @@ _SLACK = np.float32(1e-6)
 class Blocks(NamedTuple):
     """A matrix of blocks, taken apart: ``weight = scale * code + minimum`` of the weight's group.
 
-    codes: uint8 ``[rows, cols]``. scales, minima: float32 ``[rows, groups]``. supers: float16 ``[rows, blocks, 1 or 2]`` (k-quants,
-    else None). factors: int16 ``[rows, groups, 1 or 2]``, the integers by which supers are multiplied (k-quants, else None).
+    codes: uint8 ``[rows, cols]``. scales, minima: float32 ``[rows, groups]``. The last two are those of k-quants, else None:
+    supers: float16 ``[rows, blocks, 1 or 2]``. factors: int16 ``[rows, groups, 1 or 2]``, by which supers are multiplied.
     """
 
     codes: Bytes
