@@ -31,6 +31,9 @@ FILE_TYPES: dict[str, int] = {
     "Q6_K": 18,
 }
 
+# What llama-quantize takes for short.
+ALIASES: dict[str, str] = {"Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 # Parts of names of tensors that stay as they are: routers, convolutions, positions, small matrices of some families.
