@@ -112,7 +112,7 @@ def quantize_file(source: Path, target: Path, options: Options) -> list[TensorRe
             kinds[name],
             _weights(reader.tensors[name]),
             reader.tensors[name].nbytes + plan.nbytes[name],
-            spent[name] / threads,
+            spent.get(name, 0.0) / threads,
         )
         for name in plan.offsets
     ]
@@ -175,9 +175,9 @@ def _pieces(reader: GgufReader, kinds: dict[str, str], plan: Plan) -> Iterator[_
             yield _Piece(name, min(_PIECE, weights - start), source, target)
 
 
-def _in_parallel(worker: _Worker, pieces: Sequence[_Piece], threads: int) -> Counter[str]:
+def _in_parallel(worker: _Worker, pieces: Sequence[_Piece], threads: int) -> dict[str, float]:
     """Thread seconds by tensor. The first error stops what has not begun."""
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = {piece.name: 0.0 for piece in pieces}
     with ThreadPoolExecutor(threads) as pool:
         try:
             for piece, seconds in zip(pieces, pool.map(worker, pieces), strict=True):
@@ -204,7 +204,7 @@ class _Worker:
             raise InputError(f"{self._reader.path}: {piece.name} cannot become {kind}: {error}") from error
         position = piece.target
         while len(written):
-            done = os.pwrite(self._target, written, position)
+            done = os.pwrite(self._target, written.data, position)
             written, position = written[done:], position + done
         return time.thread_time() - started
 
@@ -225,7 +225,7 @@ class _Worker:
 
     def _read(self, piece: _Piece, count: int) -> Bytes:
         raw = self._buffer("raw", count)
-        if os.preadv(self._source, [raw], piece.source) != count:
+        if os.preadv(self._source, [raw.data], piece.source) != count:
             raise InputError(f"{self._reader.path} was changed while it was being read; leave it alone and start again")
         return raw
 

@@ -85,9 +85,9 @@ def _narrowed(values: Floats, kind: GgufType) -> Bytes:
     if kind.name == "F32":
         return values.astype("<f4", copy=False).view(np.uint8)
     if kind.name == "BF16":
-        words = values.view(np.uint32)
-        words = (words + (np.uint32(0x7FFF) + (words >> 16 & 1))) >> 16  # to nearest, ties to even
-        return words.astype("<u2").view(np.uint8)
+        words, half = values.view(np.uint32), np.uint32(16)
+        even = words >> half & np.uint32(1)  # ties to even
+        return ((words + (np.uint32(0x7FFF) + even)) >> half).astype("<u2").view(np.uint8)
     with np.errstate(over="ignore"):
         halves = values.astype("<f2")
     if not np.isfinite(halves).all():
