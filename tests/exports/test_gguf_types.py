@@ -141,8 +141,10 @@ def test_files_of_llama_quantize_survive(name: str) -> None:
 @pytest.mark.parametrize("name", LEGACY)
 @given(values=weights())
 def test_no_weight_is_further_off_than_its_step(name: str, values: Floats) -> None:
-    """Half a step for codes rounded to nearest; a whole one where the largest of the other sign has no code. The scale itself is
-    off by half a unit in float16's last place, or by half its smallest number."""
+    """Half a step for codes rounded to nearest; a whole one where the largest of the other sign has no code.
+
+    The scale itself is off by half a unit in float16's last place, or by half its smallest number.
+    """
     found = unpack(quantize(values, name), name)
     size, kind = TYPES[name].group_size, TYPES[name]
     step = np.abs(np.repeat(found.scales, size, axis=1))

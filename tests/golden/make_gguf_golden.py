@@ -11,7 +11,6 @@ Needs ``make llamacpp`` (or ``$QUANTIZE_LLAMACPP``). It writes, beside itself:
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import subprocess
 import sys
