@@ -47,7 +47,7 @@ def test_mixes_are_those_of_llama_quantize(case: dict[str, Any], file_type: str)
             assert [found[f"blk.{layer}.{role}"] for layer in range(model["layers"])] == wanted, role
 
 
-LLAMA = {"layers": 32, "heads": 32, "kv_heads": 8}
+LLAMA: dict[str, Any] = {"layers": 32, "heads": 32, "kv_heads": 8}
 
 
 def matrices(columns: int = 256, layers: int = 32) -> Tensors:
@@ -122,7 +122,7 @@ def test_tensors_lie_by_layer_and_then_by_name() -> None:
         ({"output": "Q4_K"}, r"output.weight has rows of 96 weights.*for example Q5_0"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: dict[str, str], message: str) -> None:
+def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
     file_type = arguments.pop("file_type", "Q4_0")
     with pytest.raises(InputError, match=message):
         tensor_types(matrices(96), file_type, **LLAMA, **arguments)

@@ -60,7 +60,7 @@ def bits(values: Floats) -> npt.NDArray[np.uint32]:
 @pytest.mark.parametrize("name", TYPES)
 def test_adversarial_blocks_are_those_of_ggml(name: str) -> None:
     values = GOLDEN["values"][GOLDEN["fits"]] if name == "F16" else GOLDEN["values"]
-    fits = np.ones(len(values), bool)
+    fits: npt.NDArray[np.bool_] = np.ones(len(values), bool)
     if name not in ("F32", "BF16", "F16"):
         fits = finite_scales(GOLDEN[name], name)
     assert fits.sum() >= 90
