@@ -72,8 +72,10 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class _Piece:
+    """``count`` weights of a tensor, bytes where its blocks are copied, and where they lie in both files."""
+
     name: str
-    weights: int
+    count: int
     source: int
     target: int
 
@@ -124,17 +126,17 @@ def chosen_kinds(reader: GgufReader, options: Options) -> dict[str, str]:
     Raises:
         InputError: a tensor is quantized already, the file is one of several, or a type does not fit.
     """
-    if int(reader.field("split.count", 1)) > 1:
+    if _number(reader, "split.count", 1) > 1:
         raise InputError(f"{reader.path} is one of several parts; join them first with llama-gguf-split --merge")
     architecture = reader.architecture
-    heads = _first(reader.field(f"{architecture}.attention.head_count", 0))
+    heads = _number(reader, f"{architecture}.attention.head_count", 0)
     mixed = tensor_types(
         [(name, info.shape) for name, info in reader.tensors.items()],
         options.file_type,
-        layers=_first(reader.field(f"{architecture}.block_count")),
+        layers=_number(reader, f"{architecture}.block_count"),
         heads=heads,
-        kv_heads=_first(reader.field(f"{architecture}.attention.head_count_kv", heads)),
-        experts=_first(reader.field(f"{architecture}.expert_count", 0)),
+        kv_heads=_number(reader, f"{architecture}.attention.head_count_kv", heads),
+        experts=_number(reader, f"{architecture}.expert_count", 0),
         architecture=architecture,
         pure=options.pure,
         embedding=options.embedding,
@@ -151,9 +153,13 @@ def chosen_kinds(reader: GgufReader, options: Options) -> dict[str, str]:
     return kinds
 
 
-def _first(value: object) -> int:
-    """A number, or the first of one for each layer."""
-    return int(np.ravel(np.asarray(value))[0])
+def _number(reader: GgufReader, key: str, default: int | None = None) -> int:
+    """An integer of the metadata, or the first of one for each layer."""
+    value = reader.field(key) if default is None else reader.field(key, default)
+    numbers = np.ravel(np.asarray(value))
+    if not numbers.size or numbers.dtype.kind not in "iu":
+        raise InputError(f"{reader.path}: {key} is {value!r}; it must be an integer like 32")
+    return int(numbers[0])
 
 
 def _weights(info: GgufTensorInfo) -> int:
@@ -199,7 +205,7 @@ class _Worker:
         started = time.thread_time()
         kind = self._kinds[piece.name]
         try:
-            written = self._converted(piece) if kind in TYPES else self._read(piece, piece.weights)
+            written = self._converted(piece) if kind in TYPES else self._read(piece, piece.count)
         except ValueError as error:
             raise InputError(f"{self._reader.path}: {piece.name} cannot become {kind}: {error}") from error
         position = piece.target
@@ -210,13 +216,13 @@ class _Worker:
 
     def _converted(self, piece: _Piece) -> Bytes:
         before, after = TYPES[self._reader.tensors[piece.name].kind], TYPES[self._kinds[piece.name]]
-        raw = self._read(piece, piece.weights // before.block_size * before.type_size)
+        raw = self._read(piece, piece.count // before.block_size * before.type_size)
         if before is after and not before.dense:
             return raw
         values = self._buffer("values", SLICE * 4).view(np.float32)
-        written = self._buffer("written", piece.weights // after.block_size * after.type_size)
-        for start in range(0, piece.weights, SLICE):
-            stop = min(start + SLICE, piece.weights)
+        written = self._buffer("written", piece.count // after.block_size * after.type_size)
+        for start in range(0, piece.count, SLICE):
+            stop = min(start + SLICE, piece.count)
             floats: Floats = values[: stop - start]
             widen_into(raw[start * before.type_size : stop * before.type_size], before, floats)
             place = slice(start // after.block_size * after.type_size, stop // after.block_size * after.type_size)

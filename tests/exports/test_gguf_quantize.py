@@ -55,11 +55,15 @@ def make(path: Path, tensors: dict[str, Any], raw: dict[str, str] | None = None,
     for name, values in tensors.items():
         kind = gguf.GGMLQuantizationType[raw[name]] if raw and name in raw else None
         writer.add_tensor(name, values, raw_dtype=kind)
+    close(writer)
+    return path
+
+
+def close(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def listing(folder: Path) -> list[str]:
@@ -135,10 +139,7 @@ def test_other_alignments_stay(tmp_path: Path) -> None:
     writer.add_block_count(1)
     for name in ("a.weight", "b.weight"):
         writer.add_tensor(name, weights(3, 32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
     quantize_file(tmp_path / "in.gguf", tmp_path / "out.gguf", Options("Q4_0"))
     found = gguf.GGUFReader(tmp_path / "out.gguf")
     assert found.alignment == 64
@@ -169,6 +170,15 @@ def test_what_cannot_be_quantized_is_refused(
     with pytest.raises(InputError, match=message):
         quantize_file(path, tmp_path / "out.gguf", Options(**({"file_type": "Q4_0"} | options)))
     assert listing(tmp_path) == ["in.gguf"]
+
+
+def test_metadata_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "in.gguf", "llama")
+    writer.add_string("llama.block_count", "many")
+    writer.add_tensor("a.weight", weights(2, 64))
+    close(writer)
+    with pytest.raises(InputError, match="llama.block_count is 'many'; it must be an integer like 32"):
+        quantize_file(tmp_path / "in.gguf", tmp_path / "out.gguf", Options("Q4_0"))
 
 
 def test_quantized_files_are_not_quantized_again(tmp_path: Path) -> None:
@@ -267,10 +277,7 @@ def demo_f16(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", name)
         renamed = f"blk.{found[1]}.{roles[found[2]]}.weight" if found else names[name]
         writer.add_tensor(renamed, values.astype(np.float32) if values.ndim == 1 else values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
     return path
 
 
