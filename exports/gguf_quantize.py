@@ -23,6 +23,7 @@ import numpy as np
 from exports.gguf_header import Plan, plan_file
 from exports.gguf_layout import TYPES, Bytes, Floats
 from exports.gguf_mix import ALIASES, FILE_TYPES, quantizable, tensor_types
+from exports.gguf_throughput import TensorReport, copy_rate, describe, processors
 from exports.gguf_types import SLICE, quantize_into, widen_into
 from quantize.atomic import atomic_path
 from quantize.errors import InputError
@@ -49,25 +50,6 @@ class Options:
     embedding: str | None = None
     output: str | None = None
     threads: int | None = None
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """What became of a tensor.
-
-    Attributes:
-        name, source, target: its name, and its types before and after.
-        weights: how many it has.
-        moved: bytes read plus bytes written.
-        seconds: thread time spent on it, divided by the number of threads.
-    """
-
-    name: str
-    source: str
-    target: str
-    weights: int
-    moved: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -241,39 +223,6 @@ class _Worker:
             buffer = np.empty(size, np.uint8)
             setattr(self._local, name, buffer)
         return buffer[:size]
-
-
-def processors() -> int:
-    """How many processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def copy_rate(threads: int) -> float:
-    """Bytes a second, read plus written, at which ``threads`` threads copy memory: what rounding is held against."""
-    size = 32 << 20
-    pairs = [(np.zeros(size, np.uint8), np.ones(size, np.uint8)) for _ in range(threads)]
-
-    def copy(pair: tuple[Bytes, Bytes]) -> None:
-        np.copyto(*pair)
-
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            started = time.perf_counter()
-            list(pool.map(copy, pairs))
-            best = min(best, time.perf_counter() - started)
-    return 2 * size * threads / best
-
-
-def describe(reports: Sequence[TensorReport], rate: float) -> str:
-    """A table: each tensor's time and throughput, as a share of ``rate`` bytes a second."""
-    lines = [f"copying memory: {rate / 1e9:.1f} GB/s"]
-    for one in reports:
-        share = one.moved / one.seconds / rate if one.seconds else 0.0
-        change = one.source if one.source == one.target else f"{one.source} -> {one.target}"
-        speed = f"{one.moved / max(one.seconds, 1e-9) / 1e9:6.2f} GB/s {share:6.1%} of copying"
-        lines.append(f"{one.name:40} {change:14} {one.weights:12d} weights {one.seconds * 1e3:9.2f} ms {speed}")
-    return "\n".join(lines)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from eval.llamacpp_tools import find_tool
 from exports.gguf_layout import TYPES
 from exports.gguf_mix import FILE_TYPES
-from exports.gguf_quantize import Options, TensorReport, copy_rate, describe, main, quantize_file
+from exports.gguf_quantize import Options, main, quantize_file
+from exports.gguf_throughput import TensorReport, copy_rate, describe
 from exports.gguf_types import SLICE, quantize
 from quantize.demo_model import demo_model
 from quantize.errors import InputError
@@ -177,7 +178,7 @@ def test_metadata_that_is_no_number_is_refused(tmp_path: Path) -> None:
     writer.add_string("llama.block_count", "many")
     writer.add_tensor("a.weight", weights(2, 64))
     close(writer)
-    with pytest.raises(InputError, match="llama.block_count is 'many'; it must be an integer like 32"):
+    with pytest.raises(InputError, match=r"llama\.block_count is 'many'; it must be an integer like 32"):
         quantize_file(tmp_path / "in.gguf", tmp_path / "out.gguf", Options("Q4_0"))
 
 
