@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from calibration.sources import matching_files
-from exports import CONTAINERS
+from exports.containers import CONTAINERS
 from quantize.errors import InputError
 from quantize.manifest import Manifest, step_key, versions
 from quantize.run import Run, needs_calibration, solves
