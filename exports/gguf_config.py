@@ -75,7 +75,10 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         # The classes write into nested dictionaries that they are given.
-        complete: dict[str, Any] = AutoConfig.for_model(model_type, **copy.deepcopy(given)).to_dict()
+        parsed = AutoConfig.for_model(model_type, **copy.deepcopy(given))
+        complete: dict[str, Any] = parsed.to_dict()
+        # GPT-2 writes n_embd for hidden_size.
+        complete |= {usual: complete[own] for usual, own in parsed.attribute_map.items() if own in complete}
     except Exception as error:  # config classes check their values by whatever their arithmetic raises
         raise InputError(f"config.json: model_type={model_type!r} is not usable ({one_line(error)})") from error
     _check(complete, name)
