@@ -53,9 +53,7 @@ KNOWN = tuple(dict.fromkeys(_NAMES.values()))
 
 _CONTRACTIONS = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    "(?i:[sdmt]|ll|ve|re)",
     "'(?i:[sdmt]|ll|ve|re)",
-    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
     "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
 )
 
