@@ -227,6 +227,8 @@ def test_gpt2() -> None:
         ({**GEMMA2, "query_pre_attn_scalar": 144}, r"query_pre_attn_scalar=144.*only with 256 \(with 26 layers\)"),
         ({**GEMMA3["text_config"], "attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0.*only with null"),
         ({**GEMMA3["text_config"], "use_bidirectional_attention": True}, r"use_bidirectional_attention=True"),
+        ({**GEMMA2, "tie_word_embeddings": False}, r"tie_word_embeddings=False.*only with true"),
+        ({**PHI2, "tie_word_embeddings": True}, r"tie_word_embeddings=True.*only with false"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True.*only with false"),
     ],
 )

@@ -297,6 +297,8 @@ def test_what_is_not_stored_and_what_is_unknown() -> None:
     assert gpt2.name("h.1.attn.c_attn.bias") == "blk.1.attn_qkv.bias"
     with pytest.raises(InputError, match=r"tensor model\.layers\.9\.self_attn\.q_proj\.weight has no place"):
         llama.name("model.layers.9.self_attn.q_proj.weight")
+    with pytest.raises(InputError, match=r"o_proj\.bias has no place in llama\.cpp's qwen2 architecture"):
+        TensorMap(CONFIGS["qwen2"]().to_dict()).name("model.layers.0.self_attn.o_proj.bias")
     gemma = TensorMap({"model_type": "gemma3", "text_config": CONFIGS["gemma3"]().to_dict()})
     assert gemma.architecture == "gemma3"
     assert gemma.name("model.vision_tower.encoder.weight") is None
