@@ -4,157 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
-import pydoc_data.topics
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from eval.llamacpp_tools import find_tool, tool
-from exports.gguf_convert import convert
-from exports.gguf_file import GgufTensor, write_gguf
-from exports.gguf_pretokenizers import KNOWN, pre_tokenizer_name
 from exports.gguf_vocab import Vocabulary, read_vocabulary
-from quantize.checkpoint import load_tokenizer
-from quantize.demo_model import demo_model
 from quantize.errors import InputError
 
+Make = Callable[..., Tokenizer]
+Save = Callable[..., Path]
+Llama2 = tuple[Tokenizer, Path, Vocabulary]
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-TOPICS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-NASTY = (
-    "Hello  world!\n\n\n   indented\ttabs\r\nwindows  \n def f(x):\n\treturn x**2 # don't, we'LL, IT'S, I've\n"
-    "1 22 333 4444 55555 3.14159 1,000,000 0x1F ½ ² ٣ naïve café Ωμέγα Привет мир こんにちは世界 你好，世界 한국어 สวัสดี "
-    "🚀 👩‍👩‍👧 🇩🇪 …“quotes” <tag/> {json: [1, 2]} a_b__c $x = `y` ~~ == != && || \u200b\u00a0\u3000end "
-)
-
-
-def settings_of(tokenizer: Tokenizer, path: Path, **settings: Any) -> Path:
-    """Save a tokenizer's files into ``path``."""
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings}))
-    return path
-
-
-def byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, size: int = 600, **options: Any) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on Python's help texts and on text made to be split."""
-    tokenizer = Tokenizer(models.BPE(**options))
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([NASTY] * 50 + TOPICS[:20], trainer)
-    return tokenizer
-
-
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-ANY_CASE = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-CASED = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def split(*regexes: str, behavior: str = "isolated", invert: bool = False) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(each), behavior, invert) for each in regexes), BYTES])
-
-
-# As the published tokenizers write them, and whether they ignore merges.
-PRE_TOKENIZERS: dict[str, tuple[pre_tokenizers.PreTokenizer, bool, str]] = {
-    "gpt2": (pre_tokenizers.ByteLevel(add_prefix_space=False), False, "gpt-2"),
-    "smollm": (
-        pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        ),
-        False,
-        "smollm",
-    ),
-    "llama-3": (split(rf"{ANY_CASE}|{LETTERS}|\p{{N}}{{1,3}}{REST}"), True, "llama-bpe"),
-    "phi-4": (
-        split(
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        ),
-        False,
-        "dbrx",
-    ),
-    "qwen2": (split(rf"{ANY_CASE}|{LETTERS}|\p{{N}}{REST}"), False, "qwen2"),
-    "qwen2-inverted": (split(rf"{ANY_CASE}|{LETTERS}|\p{{N}}{REST}", behavior="removed", invert=True), False, "qwen2"),
-    "qwen3.5": (
-        split(ANY_CASE + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
-        False,
-        "qwen35",
-    ),
-    "mistral-nemo": (split(CASED % ("", "", r"\p{N}")), True, "tekken"),
-    "gpt-4o": (split(CASED % (f"{ANY_CASE}?", f"{ANY_CASE}?", r"\p{N}{1,3}")), False, "gpt-4o"),
-    "deepseek-coder": (
-        pre_tokenizers.Sequence(
-            [
-                *(pre_tokenizers.Split(Regex(each), "isolated") for each in (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+")),
-                pre_tokenizers.Split(Regex("[一-龥ࠀ-一가-\ud7ff]+"), "isolated"),
-                pre_tokenizers.Digits(individual_digits=True),
-                BYTES,
-            ]
-        ),
-        False,
-        "deepseek-coder",
-    ),
-    "deepseek-v3": (
-        split(
-            r"\p{N}{1,3}",
-            "[一-龥\u3040-ゟ゠-ヿ]+",
-            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-            r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ),
-        False,
-        "deepseek-v3",
-    ),
-    "bloom": (split(r" ?[^(\s|.,!?…。，、।۔،)]+"), False, "bloom"),
-}
-
-
-def sentencepiece(prefix: bool = True, size: int = 500) -> Tokenizer:
-    """BPE over characters with every merge that its pieces allow, as Llama 2's tokenizer.json has it."""
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, limit_alphabet=80)
-    trained.train_from_iterator([NASTY] * 5 + TOPICS[:20], trainer)
-    learnt = sorted(trained.get_vocab().items(), key=lambda item: item[1])
-    texts = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *(text for text, _ in learnt if text != "<unk>"),
-    ]
-    vocabulary = {text: number for number, text in enumerate(texts)}
-    merges = [
-        (text[:cut], text[cut:])
-        for text in texts[259:]
-        for cut in range(1, len(text))
-        if text[:cut] in vocabulary and text[cut:] in vocabulary
-    ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    marks = [normalizers.Replace(" ", "▁")]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *marks] if prefix else marks)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
 
 
 def model_file(vocabulary: Vocabulary, model_type: int = 2, prefix: bool = True) -> bytes:
@@ -193,9 +62,9 @@ def encode(vocabulary: Vocabulary, text: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def llama2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path, Vocabulary]:
+def llama2(tmp_path_factory: pytest.TempPathFactory, sentencepiece: Make, save_tokenizer: Save) -> Llama2:
     tokenizer = sentencepiece()
-    path = settings_of(
+    path = save_tokenizer(
         tokenizer, tmp_path_factory.mktemp("vocab") / "llama2", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     return tokenizer, path, read_vocabulary(path, {}, tokenizer.get_vocab_size())
@@ -241,36 +110,7 @@ def test_tokenizers_without_tokenizer_json(tmp_path: Path, tiny_tokenizer: PreTr
     assert (found.tokens, found.merges, found.pre) == (expected.tokens, expected.merges, "gpt-2")
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_pre_tokenizers_are_recognized(name: str) -> None:
-    pre_tokenizer, ignore_merges, expected = PRE_TOKENIZERS[name]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizer
-    stored = json.loads(tokenizer.to_str())
-    assert pre_tokenizer_name(stored, "tokenizer.json") == expected
-    stored["normalizer"] = {"type": "NFC"}
-    assert pre_tokenizer_name(stored, "tokenizer.json") == expected
-    assert expected in KNOWN
-    for changed in ({"normalizer": {"type": "Lowercase"}}, {"model": {**stored["model"], "ignore_merges": not ignore_merges}}):
-        if name in ("llama-3", "phi-4") and "model" in changed:
-            continue  # llama.cpp has this one both ways
-        with pytest.raises(InputError, match="none of those known here"):
-            pre_tokenizer_name({**stored, **changed}, "tokenizer.json")
-
-
-def test_unknown_pre_tokenizers_are_refused_unless_named(tmp_path: Path) -> None:
-    tokenizer = byte_level(split(r"\p{L}+|\s+"), 300)
-    path = settings_of(tokenizer, tmp_path)
-    with pytest.raises(InputError) as caught:
-        read_vocabulary(path, {}, 300)
-    message = str(caught.value)
-    assert str(path / "tokenizer.json") in message
-    assert r"\\p{L}+|\\s+" in message
-    assert "--pre gpt-2" in message
-    assert read_vocabulary(path, {}, 300, pre="falcon").pre == "falcon"
-
-
-def test_sentencepiece_json(llama2: tuple[Tokenizer, Path, Vocabulary]) -> None:
+def test_sentencepiece_json(llama2: Llama2) -> None:
     tokenizer, _, found = llama2
     assert (found.model, found.pre, found.merges, found.add_space_prefix) == ("llama", "default", None, True)
     assert found.types[:4] == [UNKNOWN, CONTROL, CONTROL, BYTE]
@@ -283,23 +123,23 @@ def test_sentencepiece_json(llama2: tuple[Tokenizer, Path, Vocabulary]) -> None:
 
 
 @given(text=st.text(st.sampled_from("aeinorst  \n.,def(self)é🚀 ▁"), max_size=40))
-def test_scores_say_what_merges_say(llama2: tuple[Tokenizer, Path, Vocabulary], text: str) -> None:
+def test_scores_say_what_merges_say(llama2: Llama2, text: str) -> None:
     tokenizer, _, found = llama2
     assert encode(found, text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_scores_say_what_merges_say_of_real_text(llama2: tuple[Tokenizer, Path, Vocabulary]) -> None:
+def test_scores_say_what_merges_say_of_real_text(llama2: Llama2, texts: tuple[str, ...]) -> None:
     tokenizer, _, found = llama2
-    for text in (NASTY, TOPICS[3][:600]):
+    for text in (texts[0], texts[1][:600]):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert len(ids) < len(text.encode())
         assert encode(found, text) == ids
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_model(tmp_path: Path, prefix: bool) -> None:
+def test_sentencepiece_model(tmp_path: Path, sentencepiece: Make, save_tokenizer: Save, prefix: bool) -> None:
     tokenizer = sentencepiece(prefix)
-    path = settings_of(tokenizer, tmp_path, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    path = save_tokenizer(tokenizer, tmp_path, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     expected = read_vocabulary(path, {}, 800)
     assert expected.add_space_prefix == prefix
     (path / "tokenizer.model").write_bytes(model_file(read_vocabulary(path, {}, tokenizer.get_vocab_size()), prefix=prefix))
@@ -309,7 +149,7 @@ def test_sentencepiece_model(tmp_path: Path, prefix: bool) -> None:
     assert (alone.tokens, alone.add, alone.special) == (expected.tokens, expected.add, expected.special)
 
 
-def test_damaged_and_unigram_models_are_refused(tmp_path: Path, llama2: tuple[Tokenizer, Path, Vocabulary]) -> None:
+def test_damaged_and_unigram_models_are_refused(tmp_path: Path, llama2: Llama2) -> None:
     _, _, vocabulary = llama2
     whole = model_file(vocabulary)
     file = tmp_path / "tokenizer.model"
@@ -345,19 +185,19 @@ def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     ],
 )
 def test_vocabularies_that_llama_cpp_does_not_have_are_refused(
-    tmp_path: Path, edit: Callable[[dict[str, Any]], None], message: str
+    tmp_path: Path, sentencepiece: Make, save_tokenizer: Save, edit: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    path = settings_of(sentencepiece(), tmp_path)
+    path = save_tokenizer(sentencepiece(), tmp_path)
     change(path, edit)
     with pytest.raises(InputError, match=message):
         read_vocabulary(path, {}, 800)
 
 
-def test_added_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_added_tokens(tmp_path: Path, sentencepiece: Make, save_tokenizer: Save, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = sentencepiece()
     size = tokenizer.get_vocab_size()
     tokenizer.add_tokens(["▁▁▁", "<tool>", "<|im_start|>", "<beyond>"])
-    found = read_vocabulary(settings_of(tokenizer, tmp_path), {}, size + 3)
+    found = read_vocabulary(save_tokenizer(tokenizer, tmp_path), {}, size + 3)
     assert found.tokens[size:] == ["   ", "<tool>", "<|im_start|>"]
     assert found.types[size:] == [USER_DEFINED, USER_DEFINED, CONTROL]
     assert "['<beyond>'] have no row in the embedding" in caplog.text
@@ -365,10 +205,10 @@ def test_added_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         read_vocabulary(tmp_path, {}, 300)
 
 
-def test_fillers_are_new_texts(tmp_path: Path) -> None:
+def test_fillers_are_new_texts(tmp_path: Path, byte_level: Make, save_tokenizer: Save) -> None:
     tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), 300)
     tokenizer.add_tokens(["[PAD303]"])
-    found = read_vocabulary(settings_of(tokenizer, tmp_path), {}, 305)
+    found = read_vocabulary(save_tokenizer(tokenizer, tmp_path), {}, 305)
     assert found.tokens[300:] == ["[PAD303]", "[PAD301]", "[PAD302]", "[[PAD303]]", "[PAD304]"]
 
 
@@ -383,11 +223,13 @@ def test_fillers_are_new_texts(tmp_path: Path) -> None:
         ("<s> $A", {"bos_token": None}, (False, False)),
     ],
 )
-def test_what_is_added_to_a_text(tmp_path: Path, single: str, settings: dict[str, Any], expected: tuple[bool, bool]) -> None:
+def test_what_is_added_to_a_text(
+    tmp_path: Path, byte_level: Make, save_tokenizer: Save, single: str, settings: dict[str, Any], expected: tuple[bool, bool]
+) -> None:
     tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), 300)
     template = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template])
-    path = settings_of(tokenizer, tmp_path, **{"bos_token": "<s>", "eos_token": {"content": "</s>"}, **settings})
+    path = save_tokenizer(tokenizer, tmp_path, **{"bos_token": "<s>", "eos_token": {"content": "</s>"}, **settings})
     found = read_vocabulary(path, {}, 300)
     assert (found.add["bos"], found.add["eos"]) == expected
 
@@ -425,55 +267,18 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         read_vocabulary(tmp_path, {}, 300)
 
 
-def vocabulary_file(directory: Path, rows: int) -> Path:
-    """A GGUF file with the directory's tokenizer and next to nothing else: llama-tokenize reads no tensors."""
-    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": rows}
-    embedding = GgufTensor("token_embd.weight", "F32", (rows, 32), lambda: np.zeros((rows, 32), np.float32))
-    write_gguf(directory / "v.gguf", config=config, tokenizer_dir=directory, tensors=[embedding], file_type=0)
-    return directory / "v.gguf"
-
-
-def tokenize(file: Path, text: str, folder: Path) -> list[int]:
-    (folder / "text.txt").write_bytes(text.encode())
-    command = [tool("llama-tokenize"), "-m", file, "-f", folder / "text.txt", "--ids", "--no-escape", "--log-disable"]
-    return [int(each) for each in json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)]
-
-
-def needs_tokenize() -> None:
-    if find_tool("llama-tokenize") is None:
-        pytest.skip("needs llama.cpp's llama-tokenize: `make llamacpp`")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_llama_cpp_splits_alike(tmp_path: Path, name: str) -> None:
-    needs_tokenize()
-    pre_tokenizer, ignore_merges, _ = PRE_TOKENIZERS[name]
-    tokenizer = byte_level(pre_tokenizer, 1500, ignore_merges=ignore_merges)
-    path = settings_of(tokenizer, tmp_path, bos_token="<s>", eos_token="</s>")
-    file = vocabulary_file(path, tokenizer.get_vocab_size())
-    for text in (NASTY, TOPICS[3][:3000]):
-        assert tokenize(file, text, tmp_path) == tokenizer.encode(text).ids
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("prefix", [True, False])
-def test_llama_cpp_encodes_sentencepiece_alike(tmp_path: Path, prefix: bool) -> None:
-    needs_tokenize()
+def test_llama_cpp_encodes_sentencepiece_alike(
+    tmp_path: Path,
+    sentencepiece: Make,
+    save_tokenizer: Save,
+    texts: tuple[str, ...],
+    llama_tokenize: Callable[[Path, int, str], list[int]],
+    prefix: bool,
+) -> None:
     tokenizer = sentencepiece(prefix)
     tokenizer.add_tokens(["<tool>", "<|im_start|>"])
-    path = settings_of(tokenizer, tmp_path, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    file = vocabulary_file(path, tokenizer.get_vocab_size())
-    for text in (NASTY, TOPICS[3][:3000], "x<tool>y"):
-        assert tokenize(file, text, tmp_path) == tokenizer.encode(text).ids
-
-
-@pytest.mark.slow
-def test_llama_cpp_encodes_the_demo_model_alike(tmp_path: Path) -> None:
-    needs_tokenize()
-    path = demo_model()
-    convert(path, tmp_path / "demo.gguf")
-    tokenizer = load_tokenizer(path, path)
-    chat = "<|im_start|>user\nHello  there<|im_end|>\n"
-    for text in (NASTY, TOPICS[3], chat):
-        assert tokenize(tmp_path / "demo.gguf", text, tmp_path) == tokenizer(text)["input_ids"]
+    path = save_tokenizer(tokenizer, tmp_path / "spm", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for text in (*texts, "x<tool>y", "<|im_start|>y"):
+        assert llama_tokenize(path, tokenizer.get_vocab_size(), text) == tokenizer.encode(text).ids
