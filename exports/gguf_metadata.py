@@ -129,7 +129,7 @@ def _add_longrope(writer: Any, config: Mapping[str, Any], rope: Mapping[str, Any
 
 
 def add_values(writer: Any, values: Mapping[str, Value]) -> None:
-    """Add or replace keys, typed as Python types their values: bool, int (uint32; int32 below zero), float (float32), str, lists.
+    """Add or replace keys, typed by their values: bool, int (uint32, or int32 below zero), float (float32), str, lists.
 
     Raises:
         InputError: a value of another type, an integer beyond 32 bits, or an empty list.
