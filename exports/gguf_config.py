@@ -37,6 +37,7 @@ _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")
 _ACTIVATIONS = dict.fromkeys(("llama", "qwen2", "qwen3", "phi3"), _SILU) | dict.fromkeys(
     ("gemma", "gemma2", "gemma3", "phi2", "gpt2"), _GELU_TANH
 )
+_TIED = {"gemma": True, "gemma2": True, "phi2": False}
 _ROPE_TYPES = {
     "default": tuple(_ACTIVATIONS),
     "linear": tuple(_ACTIVATIONS),
@@ -75,7 +76,10 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         # The classes write into nested dictionaries that they are given.
-        complete: dict[str, Any] = AutoConfig.for_model(model_type, **copy.deepcopy(given)).to_dict()
+        parsed = AutoConfig.for_model(model_type, **copy.deepcopy(given))
+        complete: dict[str, Any] = parsed.to_dict()
+        # GPT-2 writes n_embd for hidden_size.
+        complete |= {usual: complete[own] for usual, own in parsed.attribute_map.items() if own in complete}
     except Exception as error:  # config classes check their values by whatever their arithmetic raises
         raise InputError(f"config.json: model_type={model_type!r} is not usable ({one_line(error)})") from error
     _check(complete, name)
@@ -117,6 +121,9 @@ def _check(config: Mapping[str, Any], name: str) -> None:
         for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if config.get(key):
                 _refuse(key, True, "false")
+    # Gemma's graphs take the embedding for the head, Phi-2's never do.
+    if name in _TIED and bool(config.get("tie_word_embeddings")) != _TIED[name]:
+        _refuse("tie_word_embeddings", config.get("tie_word_embeddings"), str(_TIED[name]).lower())
     if name in ("gemma2", "gemma3"):
         _check_gemma(config, name)
     rope = rope_parameters(config)

@@ -54,6 +54,8 @@ def convert(
             a disk that is full.
     """
     checkpoint = source if isinstance(source, Checkpoint) else SafetensorsCheckpoint(source)
+    if not checkpoint.path.is_dir():
+        raise InputError(f"{checkpoint.path} is no directory; give one with config.json, safetensors and tokenizer.json")
     if kind not in (*FILE_TYPES, "auto"):
         raise InputError(f"type {kind!r} is none of {', '.join(FILE_TYPES)}, auto; F16 is what most start from")
     if kind == "auto":

@@ -223,7 +223,7 @@ def _fit(vocabulary: Vocabulary, rows: int, where: str) -> None:
             filler = f"[PAD{number}]"
             while filler in taken:
                 filler = f"[{filler}]"
-            vocabulary.tokens[number] = filler
+            vocabulary.tokens[number], vocabulary.types[number] = filler, spm.UNUSED
     seen: dict[str, int] = {}
     for number, text in enumerate(vocabulary.tokens):
         if text in seen:
