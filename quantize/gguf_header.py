@@ -75,6 +75,12 @@ MAX_TENSORS = 1 << 18
 MAX_DEPTH = 4
 
 
+def shown(text: str, longest: int = 80) -> str:
+    """A file's text as it may stand in a message: its first ``longest`` characters, those that act on a terminal escaped."""
+    cut = text if len(text) <= longest else text[: longest - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
 class Header:
     """The header's bytes, read in order from ``position`` on and never beyond their end.
 
