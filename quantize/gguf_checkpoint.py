@@ -57,7 +57,7 @@ class GgufCheckpoint(Checkpoint):
     def _check_metadata(self) -> None:
         """Refuse what gguf-py or transformers would work on without end, and what is only a part of a model."""
         parts = self._reader.field("split.count", 1)
-        if parts != 1:
+        if not isinstance(parts, int) or parts > 1:
             raise InputError(
                 f"{self.path} is one of {shown(repr(parts))} parts of a model; join them with `llama-gguf-split --merge`"
             )
@@ -81,7 +81,8 @@ class GgufCheckpoint(Checkpoint):
         self._model_class = type(model).__name__
         self._parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         names = get_gguf_hf_weights_map(model, self._processor)
-        self._tensors = {names[name]: info for name, info in self._reader.tensors.items() if name in names}
+        stored = ((names.get(name), info) for name, info in self._reader.tensors.items())
+        self._tensors = {name: info for name, info in stored if name in self._parameters}
 
     def _majority_dtype(self) -> torch.dtype:
         counts: dict[str, int] = {}
