@@ -25,8 +25,8 @@ from quantize.gguf_reader import GgufReader, GgufTensorInfo
 
 # Lists as long as these numbers are made before any tensor is looked at. LLAMA_MAX_LAYERS and LLAMA_MAX_EXPERTS of llama.cpp.
 _MOST = {"block_count": 512, "expert_count": 1024}
-# Weights dequantized at a time: their codes, scales and values together take some ten megabytes.
-_SLICE = 1 << 20
+# Weights dequantized at a time: codes and values stay in the second-level cache, which is two to four times as fast.
+_SLICE = 1 << 17
 
 
 class GgufCheckpoint(Checkpoint):

@@ -93,7 +93,11 @@ class GgufReader:
         return default
 
     def encoded(self, key: str) -> bytes:
-        """The value of ``key`` as the file holds it: its type (uint32), then its bytes; what a copy has to write."""
+        """The value of ``key`` as the file holds it: its type (uint32), then its bytes; what a copy has to write.
+
+        Raises:
+            KeyError: the file has no such key.
+        """
         start, end = self._entries[key]
         return self._map[start:end]
 

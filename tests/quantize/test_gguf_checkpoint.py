@@ -321,7 +321,7 @@ def test_release_unmaps(gguf_file: Path) -> None:
 
 def test_matrices_are_decoded_in_slices(tmp_path: Path) -> None:
     """A large embedding is never there as float32."""
-    rows, columns = 2**15, 256
+    rows, columns = 2**16, 256
     writer = gguf.GGUFWriter(tmp_path / "large.gguf", "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(columns)
