@@ -67,12 +67,19 @@ NUMBERS: dict[int, np.dtype[Any]] = {
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
-# They bound the time and memory of opening a hostile file of any size, and leave room for vocabularies of a million tokens.
+# They bound the time and memory of opening a hostile file of any size, here and in gguf-py, which takes a kilobyte for every
+# element; the largest vocabularies have a quarter of a million tokens with scores and types, and twice as many merges.
 MAX_HEADER = 64 << 20
-MAX_ELEMENTS = 1 << 22
+MAX_ELEMENTS = 1 << 21
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
 MAX_DEPTH = 4
+
+
+def shown(text: str, longest: int = 80) -> str:
+    """A file's text as it may stand in a message: its first ``longest`` characters, those that act on a terminal escaped."""
+    cut = text if len(text) <= longest else text[: longest - 3] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 class Header:

