@@ -84,7 +84,7 @@ def parse_perplexity(output: str, seconds: float) -> Perplexity:
     Raises:
         InputError: it has no final figure, or that is not finite.
     """
-    final = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}", output)
+    final = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}\s*\n", output)
     windows = parse_windows(output)
     if final is None or windows is None:
         raise failed("llama-perplexity", "gave no perplexity", output)
@@ -109,7 +109,7 @@ def parse_divergence(output: str, seconds: float) -> Divergence:
     """
 
     def figures(label: str) -> tuple[float, float]:
-        found = re.search(rf"^\s*{label}\s*:\s*{_NUMBER}(?:\s*±\s*{_NUMBER})?", output, re.MULTILINE)
+        found = re.search(rf"^\s*{label}\s*:\s*{_NUMBER}(?:\s*±\s*{_NUMBER})?\s*%?\s*\n", output, re.MULTILINE)
         if found is None:
             raise failed("llama-perplexity --kl-divergence", f"gave no line {label!r}", output)
         return float(found[1]), float(found[2] or "nan")

@@ -88,7 +88,7 @@ def test_the_tools_are_built_once_and_found(programs: Programs, tmp_path: Path, 
 
 def test_an_interrupted_build_goes_on(programs: Programs) -> None:
     programs.fails = {"build"}
-    with pytest.raises(InputError, match="building llama.cpp failed"):
+    with pytest.raises(InputError, match=r"building llama\.cpp failed"):
         build()
     assert not home().exists()
     programs.fails = set()
