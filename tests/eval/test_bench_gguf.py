@@ -1,4 +1,4 @@
-"""The comparison of GGUF files: rows kept and made again, honest failures, both tables, and a small run of the real programs."""
+"""The comparison of GGUF files: rows kept and made again, failures named, tables, and a small run of the real programs."""
 
 from __future__ import annotations
 
@@ -169,13 +169,13 @@ def test_recipes_run_and_their_file_is_found(
 ) -> None:
     seen: list[list[str]] = []
 
-    def fake(command: list[str], **_: Any) -> Any:
+    def fake(command: list[str], **_: Any) -> Outcome:
         seen.append(command)
         directory = setting.work / "runs" / "ours"
         (directory / "variants" / "tried").mkdir(parents=True)
         shutil.copy(tiny_gguf, directory / "variants" / "tried" / "model.gguf")
         (directory / "manifest.json").write_text('{"steps": {"load": {"seconds": 1.0}, "export": {"seconds": 2.5}}}')
-        return bench_gguf_methods.run_limited.__annotations__ and type("Outcome", (), {"returncode": 0, "last": ""})
+        return Outcome(0, 1.0, "")
 
     monkeypatch.setattr(bench_gguf_methods, "run_limited", fake)
     file, seconds = make(Method("ours", recipe="gguf_q4_0", settings=("solver.x=1",)), setting)
