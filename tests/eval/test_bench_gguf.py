@@ -19,6 +19,7 @@ from eval import bench_gguf, bench_gguf_methods
 from eval.bench_gguf import evaluation_text, main, measure, parse, prepare, row_key
 from eval.bench_gguf_methods import METHODS, Method, Setting, make, missing, sizes_of
 from eval.bench_gguf_table import COLUMNS, notes, render_markdown, render_table
+from eval.bench_process import Outcome
 from eval.consumers import llamacpp
 from eval.llamacpp_tools import TOOLS, VARIABLE, find_tool
 from quantize.errors import InputError
@@ -89,13 +90,12 @@ def test_the_terminal_table_has_every_figure_in_100_columns() -> None:
 
 
 def test_markdown_has_the_rows_how_they_were_made_and_what_repeats_them() -> None:
-    page = render_markdown(
-        ROWS, command="python -m eval.bench_gguf", date="2001-02-03", protocol={"window": 1024}, environment={}
-    )
+    command = "python -m eval.bench_gguf"
+    page = render_markdown(ROWS, command=command, date="2001-02-03", protocol={"window": 1024}, environment={})
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert [len(re.findall(r"(?<!\\)\|", line)) for line in table] == [len(COLUMNS) + 1] * (len(ROWS) + 2)
     assert r"| q4\_0 | 77.6 | 4.50 | 30.000 ± 1.25 | +20.00 % | 0.1235 | 71.00 % | 1,234.6 | 101.3 |" in table
-    assert "- window: 1,024" in page and "python -m eval.bench_gguf" in page and "2001-02-03" in page
+    assert "- window: 1,024" in page and command in page and "2001-02-03" in page
     made = notes(ROWS)
     assert made["f16"] == "the checkpoint, converted"
     assert made["q4_0"] == "llama-quantize Q4_0 with the imatrix of llama-imatrix"
@@ -164,9 +164,7 @@ def test_each_method_asks_llama_quantize_for_its_own(setting: Setting, monkeypat
     assert seconds == [0.0, 2.0, 2.0, 32.0, 32.0]
 
 
-def test_recipes_run_and_their_file_is_found(
-    setting: Setting, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_recipes_run_and_their_file_is_found(setting: Setting, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
 
     def fake(command: list[str], **_: Any) -> Outcome:
@@ -185,10 +183,8 @@ def test_recipes_run_and_their_file_is_found(
     assert sizes["size_bytes"] == tiny_gguf.stat().st_size
     assert 16 < sizes["bits_per_weight"] < 17  # norms are in 32 bits
     (file.parent / "second.gguf").write_bytes(b"")
+    monkeypatch.setattr(bench_gguf_methods, "run_limited", lambda *_, **__: Outcome(0, 1.0, ""))
     with pytest.raises(InputError, match="wrote 2"):
-        monkeypatch.setattr(
-            bench_gguf_methods, "run_limited", lambda *_, **__: type("Outcome", (), {"returncode": 0, "last": ""})
-        )
         make(Method("ours", recipe="gguf_q4_0"), setting)
     with pytest.raises(InputError, match="no readable GGUF file"):
         sizes_of(file.parent / "second.gguf")
@@ -223,7 +219,7 @@ def test_bad_input_is_refused_before_anything_runs(
     assert "run `make llamacpp`" in capsys.readouterr().err
 
 
-def test_the_base_is_made_once(setting: Setting, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_base_is_made_once(setting: Setting, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def fake_base(setting: Setting) -> None:
