@@ -21,6 +21,7 @@ from eval.bench_gguf_methods import METHODS, Method, Setting, make, missing, siz
 from eval.bench_gguf_table import COLUMNS, notes, render_markdown, render_table
 from eval.bench_process import Outcome
 from eval.consumers import llamacpp
+from eval.consumers.llamacpp_output import Perplexity
 from eval.llamacpp_tools import TOOLS, VARIABLE, find_tool
 from quantize.errors import InputError
 
@@ -226,9 +227,10 @@ def test_the_base_is_made_once(setting: Setting, tiny_llama: Path, monkeypatch: 
         made.append("base")
         setting.base.write_text("converted")
 
-    def fake_logits(model: Path, text: Path, logits: Path, **_: Any) -> None:
+    def fake_logits(model: Path, text: Path, logits: Path, **_: Any) -> Perplexity:
         made.append("logits")
         logits.write_text("predictions")
+        return Perplexity(12.5, 0.5, 2, 62, 1.0)
 
     monkeypatch.setattr(bench_gguf, "make_base", fake_base)
     monkeypatch.setattr(llamacpp, "save_logits", fake_logits)
