@@ -21,11 +21,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from calibration.imatrix import main as collect_imatrix
+from calibration.sources import load_text
 from eval.consumers import llamacpp
 from eval.consumers.llamacpp_output import Perplexity, parse_bench, parse_divergence, parse_perplexity
 from eval.consumers.llamacpp_server import generate, parse_completion
 from eval.llamacpp_tools import TOOLS, VARIABLE, find_tool
+from exports.gguf_convert import convert
 from exports.imatrix import read
+from quantize.demo_model import demo_model
 from quantize.errors import InputError
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -318,3 +321,27 @@ def test_our_importance_matrix_is_llama_imatrixs(tiny_gguf: Path, tiny_llama: Pa
         llamacpp.quantize(tiny_gguf, target, "Q4_0", imatrix=imatrix)
     first, second = (llamacpp.perplexity(tmp_path / name, text, context=128, chunks=4).ppl for name in ("a.gguf", "b.gguf"))
     assert second == pytest.approx(first, rel=0.005)
+
+
+@pytest.mark.slow
+@with_llamacpp
+def test_our_importance_matrix_serves_the_demo_model_as_well(tmp_path: Path) -> None:
+    model, base, text = demo_model(), tmp_path / "base.gguf", tmp_path / "text.txt"
+    convert(model, base, "F16")
+    # As load_text reads it back: paragraphs, an empty line between them.
+    text.write_text("\n\n".join(load_text("builtin", "all").text.split("\n\n")[:600]))
+    text.write_text(load_text("text", "all", path=str(text)).text)
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    llamacpp.importance_matrix(base, text, theirs, context=512, chunks=8)
+    sizes = ["--chunks", "8", "--seq-len", "512", "--in-order", "--part", "all", "--device", "cpu"]
+    assert collect_imatrix([str(model), str(ours), "--text", str(text), *sizes]) == 0
+    expected, found = read(theirs), read(ours)
+    assert found.keys() == expected.keys() and len(found) == 210
+    for name, entry in expected.items():
+        assert found[name].counts.tolist() == entry.counts.tolist() == [8 * 512]
+        np.testing.assert_allclose(found[name].sums, entry.sums, rtol=0.02, err_msg=name)
+    figures = []
+    for imatrix in (theirs, ours):
+        llamacpp.quantize(base, tmp_path / "q.gguf", "Q4_0", imatrix=imatrix)
+        figures.append(llamacpp.perplexity(tmp_path / "q.gguf", text, context=512, chunks=4).ppl)
+    assert figures[1] == pytest.approx(figures[0], rel=0.005)
