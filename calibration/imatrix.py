@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from calibration.sources import PARTS, load_text
 from calibration.windows import pack_windows
+from exports.gguf_names import TensorMap
 from exports.imatrix import ImatrixEntry, write
 from quantize.blocks import DecoderWalk, linear_layers
 from quantize.checkpoint import Checkpoint, open_checkpoint
@@ -114,15 +114,10 @@ def collect(
 
 def _names(checkpoint: Checkpoint) -> Callable[[str], str]:
     """Gives the name that a linear layer's weight has in GGUF."""
-    config = checkpoint.config.get_text_config()
-    if config.model_type not in ("llama", "mistral"):
-        raise InputError(
-            f"{checkpoint.path}: no GGUF names are known for model_type={config.model_type}; known are llama, mistral"
-        )
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = TensorMap(checkpoint.config_dict())
 
     def name(layer: str) -> str:
-        found: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        found = tensors.name(f"{layer}.weight")
         if found is None:
             raise InputError(f"{checkpoint.path}: layer {layer} has no matrix of its own in a GGUF model")
         return found

@@ -107,7 +107,8 @@ def prepare(setting: Setting, fresh: bool) -> str:
     if _stale(setting.base_logits, key, fresh):
         log.info("%s ...", setting.base_logits.name)
         sizes = {"context": setting.context, "chunks": setting.chunks}
-        llamacpp.save_logits(setting.base, setting.text, setting.base_logits, **sizes, limit=setting.limit)
+        found = llamacpp.save_logits(setting.base, setting.text, setting.base_logits, **sizes, limit=setting.limit)
+        write_json(setting.base_figures, {"ppl": found.ppl, "ppl_error": found.error, "tokens": found.tokens})
         write_text(_key_file(setting.base_logits), key)
     return base
 

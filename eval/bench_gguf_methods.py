@@ -100,6 +100,11 @@ class Setting:
         """The part of the calibration text that recipes calibrate on, as a file for ``llama-imatrix``."""
         return self.work / "calibration.txt"
 
+    @property
+    def base_figures(self) -> Path:
+        """The unquantized model's perplexity."""
+        return self.work / "base-figures.json"
+
     def overrides(self) -> list[str]:
         """A recipe's settings for the model and the calibration windows."""
         source = ["calibration=builtin"]
@@ -206,11 +211,12 @@ def figures(method: Method, setting: Setting, file: Path) -> Row:
         InputError: a program fails or is stopped.
     """
     row = sizes_of(file)
-    found = llamacpp.perplexity(file, setting.text, context=setting.context, chunks=setting.chunks, limit=setting.limit)
-    row |= {"ppl": found.ppl, "ppl_error": found.error, "tokens": found.tokens}
-    if file != setting.base:
-        divergence = llamacpp.kl_divergence(file, setting.base_logits, limit=setting.limit)
-        row |= {"kld": divergence.mean, "kld_p99": divergence.p99, "same_top": divergence.same_top}
+    if file == setting.base:
+        row |= read_json(setting.base_figures)  # measured when its predictions were written
+    else:
+        found = llamacpp.kl_divergence(file, setting.base_logits, limit=setting.limit)
+        row |= {"ppl": found.ppl, "ppl_error": found.ppl_error, "tokens": found.tokens}
+        row |= {"kld": found.mean, "kld_p99": found.p99, "same_top": found.same_top}
     speed = llamacpp.bench(file, limit=setting.limit)
     return row | {"prompt_speed": speed.prompt, "generation_speed": speed.generation, "threads": speed.threads}
 

@@ -45,8 +45,10 @@ class Divergence:
         p99: 99 % of the tokens lie below.
         maximum: of the worst token.
         same_top: share, 0 to 1, of tokens where both find the same token likeliest.
-        ppl: this file's perplexity on the same tokens.
+        ppl: this file's perplexity on the same tokens, as :class:`Perplexity` has it.
+        ppl_error: its standard error.
         base_ppl: the base's.
+        tokens: tokens compared.
         seconds: wall time of the program.
     """
 
@@ -57,7 +59,9 @@ class Divergence:
     maximum: float
     same_top: float
     ppl: float
+    ppl_error: float
     base_ppl: float
+    tokens: int
     seconds: float
 
 
@@ -84,15 +88,19 @@ def parse_perplexity(output: str, seconds: float) -> Perplexity:
     Raises:
         InputError: it has no final figure, or that is not finite.
     """
-    final = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}", output)
+    final = re.search(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}\s*\n", output)
     windows = parse_windows(output)
     if final is None or windows is None:
         raise failed("llama-perplexity", "gave no perplexity", output)
     ppl, error = float(final[1]), float(final[2])
     if not math.isfinite(ppl):
         raise failed("llama-perplexity", f"found a perplexity of {ppl}", output)
-    chunks, context = windows
-    return Perplexity(ppl, error, chunks, chunks * (context - context // 2 - 1), seconds)
+    return Perplexity(ppl, error, windows[0], scored_tokens(*windows), seconds)
+
+
+def scored_tokens(chunks: int, context: int) -> int:
+    """Tokens that ``llama-perplexity`` scores: those behind the middle of each window."""
+    return chunks * (context - context // 2 - 1)
 
 
 def parse_windows(output: str) -> tuple[int, int] | None:
@@ -109,12 +117,16 @@ def parse_divergence(output: str, seconds: float) -> Divergence:
     """
 
     def figures(label: str) -> tuple[float, float]:
-        found = re.search(rf"^\s*{label}\s*:\s*{_NUMBER}(?:\s*±\s*{_NUMBER})?", output, re.MULTILINE)
+        found = re.search(rf"^\s*{label}\s*:\s*{_NUMBER}(?:\s*±\s*{_NUMBER})?\s*%?\s*\n", output, re.MULTILINE)
         if found is None:
             raise failed("llama-perplexity --kl-divergence", f"gave no line {label!r}", output)
         return float(found[1]), float(found[2] or "nan")
 
+    windows = parse_windows(output)
+    if windows is None:
+        raise failed("llama-perplexity --kl-divergence", "gave no windows", output)
     mean, mean_error = figures(r"Mean\s+KLD")
+    ppl, ppl_error = figures(r"Mean PPL\(Q\)")
     return Divergence(
         mean=mean,
         mean_error=mean_error,
@@ -122,8 +134,10 @@ def parse_divergence(output: str, seconds: float) -> Divergence:
         p99=figures(r"99\.0%\s+KLD")[0],
         maximum=figures(r"Maximum KLD")[0],
         same_top=figures(r"Same top p")[0] / 100,
-        ppl=figures(r"Mean PPL\(Q\)")[0],
+        ppl=ppl,
+        ppl_error=ppl_error,
         base_ppl=figures(r"Mean PPL\(base\)")[0],
+        tokens=scored_tokens(*windows),
         seconds=seconds,
     )
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from calibration import imatrix as collector
 from exports.imatrix import ImatrixEntry, read, write
@@ -219,17 +219,19 @@ def test_the_command_writes_the_windows_it_says(tiny_llama: Path, tmp_path: Path
 
 
 def test_bad_input_of_the_command_is_one_line(
-    tiny_llama: Path, tmp_path: Path, make_checkpoint: object, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path,
+    tmp_path: Path,
+    make_checkpoint: Callable[..., Path],
+    moe_config: Callable[..., PretrainedConfig],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert callable(make_checkpoint)
-    target = str(tmp_path / "i.gguf")
+    target = tmp_path / "i.gguf"
     small = ["--chunks", "2", "--seq-len", "32", "--device", "cpu"]
-    assert collector.main([str(tiny_llama), target, "--chunks", "1000000", "--in-order", "--device", "cpu"]) == 2
+    assert collector.main([str(tiny_llama), str(target), "--chunks", "1000000", "--in-order", "--device", "cpu"]) == 2
     assert "use --chunks -1" in capsys.readouterr().err
-    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    other = make_checkpoint(tmp_path / "gpt2", config)
-    for file in tiny_llama.glob("*token*"):
-        (other / file.name).write_bytes(file.read_bytes())
-    assert collector.main([str(other), target, *small]) == 2
-    assert "model_type=gpt2" in capsys.readouterr().err
-    assert not Path(target).exists()
+    experts = make_checkpoint(tmp_path / "experts", moe_config())
+    tiny_tokenizer.save_pretrained(experts)
+    assert collector.main([str(experts), str(target), *small]) == 2
+    assert "qwen3_moe" in capsys.readouterr().err
+    assert not target.exists()
