@@ -132,11 +132,27 @@ def _numpy(tensor: Tensor) -> NDArray[Any]:
 
 
 def encode(values: NDArray[Any], kind: str) -> NDArray[Any]:
-    """A dense tensor in one of llama.cpp's types: uint8 ``[..., bytes of a row]``; a slice at a time is widened to float32."""
+    """A dense tensor in one of llama.cpp's types: uint8 ``[..., bytes of a row]``, numbers themselves for F32 and F16.
+
+    A slice at a time is widened to float32.
+
+    Raises:
+        InputError: a value has no form in that type.
+    """
+    if kind in ("F32", "F16"):
+        return _cast(values, kind)
     flat = values.reshape(-1, values.shape[-1])
     rows = max(1, _ROWS // max(1, values.shape[-1]))
     parts = [quantize(flat[start : start + rows].astype(np.float32), kind) for start in range(0, len(flat), rows)]
     return np.concatenate(parts).reshape(*values.shape[:-1], -1)
+
+
+def _cast(values: NDArray[Any], kind: str) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float32 if kind == "F32" else np.float16)
+    if not np.isfinite(found).all():
+        raise InputError(f"a tensor has values up to {float(np.abs(values).max()):.3g}, beyond F16; use grid=bf16 or f32")
+    return found
 
 
 def pack_layer(tensor: QuantizedTensor, kind: str, order: NDArray[Any] | None = None) -> NDArray[np.uint8]:

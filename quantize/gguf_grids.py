@@ -29,6 +29,7 @@ from quantize.grids import Grid
 
 _FP16 = torch.finfo(torch.float16)
 _FP16_LEAST = _FP16.smallest_normal * _FP16.eps
+_FITS = 2  # of scales to codes and codes to scales, for each range that is tried
 
 
 class _Layout(NamedTuple):
@@ -96,7 +97,7 @@ class GgufGrid(Grid):
         least = torch.empty(0)
         for low, high in self._ranges(groups, search_steps, search_range):
             trial = self.params_from_range(low, high)
-            if search_steps:
+            for _ in range(_FITS if search_steps else 0):
                 trial = self._fitted(groups, importance, *trial)
             error = self._weighted_error(groups, *trial, weight)
             if best is None:
@@ -114,9 +115,13 @@ class GgufGrid(Grid):
         if self.real_zeros:
             if self._layout.levels:
                 low = low.clamp(max=0)  # a super-block's minima are not above zero
-            for step in range(steps + 1):
-                factor = 1 - reach * step / max(steps, 1)
-                yield low * factor, high * factor
+            yield low, high
+            # Either end stays where it is: then the codes' phase moves as well, which is worth more than the width alone.
+            width, most = high - low, self.maxq / (self.maxq - 1)
+            for step in range(steps // 2):
+                factor = most - (most - 1 + reach / 2) * step / (steps // 2)
+                yield low, low + width * factor
+                yield high - width * factor, high
             return
         # As llama.cpp has it, the weight of the largest magnitude gets the code that has no counterpart.
         extreme = torch.where(-low >= high, low, high)

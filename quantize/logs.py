@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 console = Console(stderr=True)
-_NOISY = (
+_NOISY = ("gguf", 
     "torchao",
     "torch",
     "transformers",
