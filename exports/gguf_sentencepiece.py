@@ -45,9 +45,12 @@ def read_model(file: Path) -> Pieces:
         for number, value in _fields(file.read_bytes()):
             if number == 1:
                 piece = dict(_fields(value))
-                pieces.texts.append(piece[1].decode("utf-8"))
+                kind = piece.get(3, NORMAL)
+                text = piece[1].decode("utf-8")
+                # llama.cpp looks for user-defined pieces in the text as it comes, before it marks spaces.
+                pieces.texts.append(text.replace(SPACE, " ") if kind == USER_DEFINED else text)
                 pieces.scores.append(struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0])
-                pieces.types.append(piece.get(3, NORMAL))
+                pieces.types.append(kind)
             elif number == 2:
                 model_type = dict(_fields(value)).get(3, 1)
             elif number == 3:

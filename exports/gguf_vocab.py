@@ -278,6 +278,8 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, s
     elif template is None:
         template = _object(directory / "chat_template.json").get("chat_template")
     if isinstance(template, str):
-        return {"default": template}
+        template = [{"name": "default", "template": template}]
     templates = {str(each["name"]): str(each["template"]) for each in template or []}
+    others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    templates |= {file.stem: file.read_text(encoding="utf-8") for file in others}
     return {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items()}

@@ -91,8 +91,9 @@ def test_bfloat16_rounds_as_torch(bits: list[int]) -> None:
 def test_what_float16_cannot_hold_is_refused() -> None:
     values = np.array([[1.0, 70000.0]], np.float32)
     with pytest.raises(InputError, match=r"up_proj holds 70000, beyond float16's 65504; give --type BF16"):
-        _converted(values, False, "F16", "up_proj")
-    assert np.isinf(_converted(np.array([[np.inf]], np.float32), False, "F16", "up_proj")).all()
+        list(_converted(values, False, "F16", "up_proj"))
+    kept = list(_converted(np.array([[np.inf, -2.5]], np.float32), False, "F16", "up_proj"))
+    assert [part.tolist() for part in kept] == [[[np.inf, -2.5]]]
 
 
 def test_bytes_are_the_same_each_time(tmp_path: Path, tiny_llama: Path) -> None:
@@ -156,7 +157,9 @@ def test_wrong_tensors_are_refused(tmp_path: Path, tiny_llama: Path, tiny_file: 
         write([GgufTensor(whole[0].name, "Q4_9", whole[0].shape, whole[0].data), *whole[1:]])
     with pytest.raises(InputError, match=r"rows of 64 values cannot be Q4_K, whose blocks hold 256"):
         write([GgufTensor(whole[0].name, "Q4_K", whole[0].shape, whole[0].data), *whole[1:]])
-    with pytest.raises(ValueError, match=r"float64, announced were"):
+    with pytest.raises(ValueError, match=r"token_embd\.weight: 12 bytes; announced were 76800 of F32"):
+        write([GgufTensor(whole[0].name, "F32", whole[0].shape, lambda: np.zeros(3, np.float32)), *whole[1:]])
+    with pytest.raises(ValueError, match=r"float64 instead of float32"):
         write([GgufTensor(whole[0].name, "F32", whole[0].shape, lambda: np.zeros(3)), *whole[1:]])
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
-from exports.gguf_config import complete_config
+from exports.gguf_config import complete_config, warn_of_differences
 from exports.gguf_metadata import add_model_metadata, add_values
 from exports.gguf_names import rope_tensors
 from quantize.errors import InputError
@@ -247,12 +247,12 @@ def test_missing_longrope_factors_are_refused() -> None:
 def test_windows_that_llama_cpp_ignores_are_told(caplog: pytest.LogCaptureFixture) -> None:
     window = {"sliding_window": 1024}
     with caplog.at_level(logging.WARNING):
-        complete_config({**LLAMA2, "model_type": "mistral", "sliding_window": None})
-        complete_config({**QWEN3, **window, "use_sliding_window": False})
-        complete_config({**GEMMA2, **window})
+        warn_of_differences(complete_config({**LLAMA2, "model_type": "mistral", "sliding_window": None}))
+        warn_of_differences(complete_config({**QWEN3, **window, "use_sliding_window": False}))
+        warn_of_differences(complete_config({**GEMMA2, **window}))
     assert "sliding_window" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        complete_config({**LLAMA2, "model_type": "mistral", **window})
+        warn_of_differences(complete_config({**LLAMA2, "model_type": "mistral", **window}))
     assert "sliding_window=1024: llama.cpp attends to the whole context" in caplog.text
 
 

@@ -259,7 +259,9 @@ def test_chat_templates(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast)
     assert stored["tokenizer.chat_template.tool_use"] == "{{ c }}"
     assert stored["tokenizer.chat_templates"] == ["tool_use"]
     (tmp_path / "chat_template.jinja").write_text("{{ d }}")
-    assert read_vocabulary(tmp_path, {}, 300).templates == {"default": "{{ d }}"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ e }}")
+    assert read_vocabulary(tmp_path, {}, 300).templates == {"default": "{{ d }}", "rag": "{{ e }}"}
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
