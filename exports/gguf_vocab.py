@@ -143,10 +143,7 @@ def _byte_level(tokenizer: Mapping[str, Any], where: str, pre: str | None) -> Vo
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise InputError(f"{where}: {key}={model[key]!r} has no counterpart in llama.cpp; it must be empty")
-    texts: dict[str, int] = model["vocab"]
-    tokens = [""] * (max(texts.values()) + 1)
-    for text, number in texts.items():
-        tokens[number] = text
+    tokens = spm.by_id(model["vocab"], where)
     merges = [
         merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge) for merge in model["merges"]
     ]
@@ -179,6 +176,8 @@ def _added_tokens(directory: Path, tokenizer: Mapping[str, Any], settings: Mappi
 
 
 def _set_added(vocabulary: Vocabulary, added: Mapping[int, tuple[str, bool]], rows: int) -> None:
+    if any(number < 0 for number in added):
+        raise ValueError(f"an added token with the id {min(added)}")
     outside = [text for number, (text, _) in added.items() if number >= rows]
     if outside:
         log.warning("added tokens %s have no row in the embedding (%d rows): left out", outside, rows)
