@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from exports.gguf_convert import _bfloat16, _converted, convert, main
 from exports.gguf_file import GgufTensor, write_gguf
+from quantize.checkpoint import open_checkpoint
 from quantize.errors import InputError
 
 SIZES: dict[str, Any] = {
@@ -97,8 +98,8 @@ def test_what_float16_cannot_hold_is_refused() -> None:
 
 
 def test_bytes_are_the_same_each_time(tmp_path: Path, tiny_llama: Path) -> None:
-    for name in ("a.gguf", "b.gguf"):
-        convert(tiny_llama, tmp_path / name, name="tiny")
+    for name, source in (("a.gguf", tiny_llama), ("b.gguf", open_checkpoint(str(tiny_llama)))):
+        convert(source, tmp_path / name, name="tiny")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
@@ -174,6 +175,8 @@ def test_the_command(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFix
     assert "config.json" in error
     with pytest.raises(InputError, match=r"type 'Q4_0' is none of F32, F16, BF16, auto"):
         convert(tiny_llama, tmp_path / "c.gguf", "Q4_0")
+    with pytest.raises(InputError, match=r"a\.gguf is no directory"):
+        convert(open_checkpoint(str(tmp_path / "a.gguf")), tmp_path / "c.gguf")
 
 
 @pytest.mark.slow
