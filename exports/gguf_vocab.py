@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 # Tokens that steer although their tokenizers do not mark them as special; llama.cpp would render and match them as text.
 _STEERING = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
-_OUTSIDE = -100000.0
+_FILLER_SCORE = -10000.0
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _grow(vocabulary: Vocabulary, size: int) -> None:
     vocabulary.tokens += [""] * missing
     vocabulary.types += [spm.UNUSED] * missing
     if vocabulary.scores is not None:
-        vocabulary.scores += [_OUTSIDE] * missing
+        vocabulary.scores += [_FILLER_SCORE] * missing
 
 
 def _fit(vocabulary: Vocabulary, rows: int, where: str) -> None:
