@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def test_sharded_checkpoints_give_the_same_file(
 def tensors_of(file: Path) -> list[GgufTensor]:
     reader = gguf.GGUFReader(file)
     return [
-        GgufTensor(each.name, each.tensor_type.name, tuple(each.shape[::-1].tolist()), lambda data=each.data: data)
+        GgufTensor(each.name, each.tensor_type.name, tuple(each.shape[::-1].tolist()), partial(np.asarray, each.data))
         for each in reader.tensors
     ]
 
@@ -131,7 +132,7 @@ def test_quantized_tensors_are_stored_as_given(tmp_path: Path, tiny_llama: Path,
             tensors.append(tensor)
             continue
         expected[tensor.name] = gguf.quantize(tensor.data(), q8)
-        tensors.append(GgufTensor(tensor.name, "Q8_0", tensor.shape, lambda name=tensor.name: expected[name]))
+        tensors.append(GgufTensor(tensor.name, "Q8_0", tensor.shape, partial(expected.__getitem__, tensor.name)))
     config = json.loads((path / "config.json").read_text())
     extra: dict[str, Any] = {"quantize.imatrix.file": "a", "quantize.groups": [1, 2], "quantize.damp": 0.5, "quantize.on": True}
     write_gguf(tmp_path / "q.gguf", config=config, tokenizer_dir=path, tensors=tensors, file_type=7, name="tiny", extra=extra)
@@ -193,7 +194,7 @@ def test_memory_stays_below_a_gibibyte(tmp_path: Path, tiny_tokenizer: PreTraine
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     total = sum(shape.numel() for shape in shapes.values()) * 2
     assert total > 1.9e9
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(4):
         part = list(shapes)[number::4]
         values = {name: torch.full(shapes[name], 0.01, dtype=torch.bfloat16) for name in part}
