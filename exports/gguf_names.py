@@ -141,4 +141,5 @@ def _llama3_divisors(rope: Mapping[str, Any], half: int) -> NDArray[np.float32]:
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    divisors: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
+    return divisors.astype(np.float32)

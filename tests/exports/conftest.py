@@ -118,7 +118,16 @@ def llama_tokenize(tmp_path: Path) -> Callable[[Path, int, str], list[int]]:
             write_gguf(made[directory], config=config, tokenizer_dir=directory, tensors=[embedding], file_type=1)
         file = tmp_path / "text.txt"
         file.write_bytes(text.encode())
-        command = [tool("llama-tokenize"), "-m", made[directory], "-f", file, "--ids", "--no-escape", "--log-disable"]
+        command = [
+            str(tool("llama-tokenize")),
+            "-m",
+            str(made[directory]),
+            "-f",
+            str(file),
+            "--ids",
+            "--no-escape",
+            "--log-disable",
+        ]
         return [int(each) for each in json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)]
 
     return encode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import struct
@@ -13,9 +14,10 @@ import gguf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from exports.gguf_sentencepiece import read_model
 from exports.gguf_vocab import Vocabulary, read_vocabulary
 from quantize.errors import InputError
 
@@ -162,6 +164,14 @@ def test_damaged_and_unigram_models_are_refused(tmp_path: Path, llama2: Llama2) 
         read_vocabulary(tmp_path, {}, 800)
 
 
+@given(data=st.binary(max_size=60))
+def test_any_bytes_are_a_model_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.model"
+    file.write_bytes(data)
+    with contextlib.suppress(InputError):
+        assert read_model(file).texts
+
+
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     stored = json.loads((path / "tokenizer.json").read_text())
     edit(stored)
@@ -182,6 +192,12 @@ def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
         (lambda stored: stored["model"].update(type="Unigram"), r"model type 'Unigram' cannot become GGUF"),
         (lambda stored: stored["model"].pop("merges"), r"are not of the form that transformers writes \(KeyError"),
         (lambda stored: stored["model"].update(vocab=[1]), r"are not of the form that transformers writes"),
+        (
+            lambda stored: stored["model"]["vocab"].update(x=10**12),
+            r"token 'x' has id 1000000000000; ids differ, and lie from 0",
+        ),
+        (lambda stored: stored["model"]["vocab"].update(x=5), r"has id 5; ids differ"),
+        (lambda stored: stored["added_tokens"][0].update(id=-1), r"an added token with the id -1"),
     ],
 )
 def test_vocabularies_that_llama_cpp_does_not_have_are_refused(
@@ -259,7 +275,9 @@ def test_chat_templates(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast)
     assert stored["tokenizer.chat_template.tool_use"] == "{{ c }}"
     assert stored["tokenizer.chat_templates"] == ["tool_use"]
     (tmp_path / "chat_template.jinja").write_text("{{ d }}")
-    assert read_vocabulary(tmp_path, {}, 300).templates == {"default": "{{ d }}"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ e }}")
+    assert read_vocabulary(tmp_path, {}, 300).templates == {"default": "{{ d }}", "rag": "{{ e }}"}
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -278,7 +296,7 @@ def test_llama_cpp_encodes_sentencepiece_alike(
     prefix: bool,
 ) -> None:
     tokenizer = sentencepiece(prefix)
-    tokenizer.add_tokens(["<tool>", "<|im_start|>"])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("<|im_start|>", normalized=False)])
     path = save_tokenizer(tokenizer, tmp_path / "spm", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     for text in (*texts, "x<tool>y", "<|im_start|>y"):
         assert llama_tokenize(path, tokenizer.get_vocab_size(), text) == tokenizer.encode(text).ids
