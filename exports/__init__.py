@@ -1,16 +1,4 @@
-"""Containers: the bytes on disk. One file each; a new container is one new file and one line below."""
+"""Containers: the bytes on disk, one file each; their registry is :mod:`exports.containers`.
 
-from __future__ import annotations
-
-from exports import awq, bitsandbytes, compressed_tensors, dense, gptq
-from exports.base import Container
-
-CONTAINERS: dict[str, Container] = {
-    "safetensors": dense.CONTAINER,
-    "gptq": gptq.CONTAINER,
-    "awq": awq.CONTAINER,
-    "compressed-tensors": compressed_tensors.CONTAINER,
-    "bitsandbytes": bitsandbytes.CONTAINER,
-}
-
-__all__ = ["CONTAINERS", "Container"]
+Nothing is imported here, so that what needs no torch (the GGUF modules) starts without it.
+"""

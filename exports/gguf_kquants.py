@@ -78,11 +78,11 @@ class _Affine:
         self._floor, self._high = x.min(axis=0), x.max(axis=0)
         self._weights = np.sqrt(_sum(x * x) / np.float32(32)) + np.abs(x)
         self._sum_w, self._sum_x = _sum(self._weights), _sum(self._weights * x)
-        self.low = np.minimum(self._floor, np.float32(0))
+        self.low: Floats = np.minimum(self._floor, np.float32(0))
         self._flat = self._high == self.low
-        step = np.float32(self.top) / (self._high - self.low)
+        step: Floats = np.float32(self.top) / (self._high - self.low)
         step[self._flat] = 0
-        self.scale = np.where(self._flat, np.float32(0), np.float32(1) / step)
+        self.scale: Floats = np.where(self._flat, np.float32(0), np.float32(1) / step)
         # By which step and minimum the best codes were found: cheaper to keep than the codes.
         self.best_step, self.best_low = step, self.low
         self._error = self._squared_error(self._codes(step), self.scale, self.low)
@@ -115,9 +115,9 @@ class _Affine:
         sum_l2 = _sum(product * codes)
         product *= self.x
         sum_xl = _sum(product)
-        determinant = self._sum_w * sum_l2 - sum_l * sum_l
-        scale = (self._sum_w * sum_xl - self._sum_x * sum_l) / determinant
-        low = (sum_l2 * self._sum_x - sum_l * sum_xl) / determinant
+        determinant: Floats = self._sum_w * sum_l2 - sum_l * sum_l
+        scale: Floats = (self._sum_w * sum_xl - self._sum_x * sum_l) / determinant
+        low: Floats = (sum_l2 * self._sum_x - sum_l * sum_xl) / determinant
         positive = low > 0
         low[positive] = 0
         scale[positive] = (sum_xl / sum_l2)[positive]
@@ -148,7 +148,8 @@ def _search_affine(x: Floats, kind: GgufType) -> Fields:
 def _six_bits(numbers: Floats, largest: Floats) -> npt.NDArray[np.int16]:
     inverse = np.where(largest > 0, np.float32(63) / largest, np.float32(0))
     # A byte in ggml: a negative scale, which only rounding errors make, wraps around.
-    return np.minimum(_nearest(inverse[:, None] * numbers) & 0xFF, 63).astype(np.int16)
+    bits: npt.NDArray[np.int32] = np.minimum(_nearest(inverse[:, None] * numbers) & 0xFF, 63)
+    return bits.astype(np.int16)
 
 
 def _blocks(codes: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:

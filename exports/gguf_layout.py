@@ -19,6 +19,10 @@ Halves = npt.NDArray[np.float16]
 Bytes = npt.NDArray[np.uint8]
 Factors = npt.NDArray[np.int16]
 
+_NIBBLE, _FOUR = np.uint8(15), np.uint8(4)
+# Q6_K's upper two bits: one byte for the same place in four runs of 32 weights.
+_QUARTERS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+
 
 @dataclass(frozen=True)
 class GgufType:
@@ -156,7 +160,7 @@ def split(blocks: Bytes, kind: GgufType) -> Fields:
     low = blocks[:, layout.low]
     codes = _split_nibbles(low, layout.run) if layout.run else low ^ np.uint8(0x80)
     if layout.high is not None:
-        codes |= _split_high(blocks[:, layout.high], kind) << 4
+        codes |= _split_high(blocks[:, layout.high], kind) << _FOUR
     factors: Factors | None = None
     if layout.factors is not None:
         packed = np.ascontiguousarray(blocks[:, layout.factors])
@@ -166,24 +170,25 @@ def split(blocks: Bytes, kind: GgufType) -> Fields:
 
 def _join_nibbles(codes: Bytes, run: int, out: Bytes) -> None:
     runs = codes.reshape(len(codes), -1, 2, run)
-    low = runs[:, :, 0] & 15
-    low |= runs[:, :, 1] << 4
+    low = runs[:, :, 0] & _NIBBLE
+    low |= runs[:, :, 1] << _FOUR
     out[:] = low.reshape(len(codes), -1)
 
 
 def _split_nibbles(low: Bytes, run: int) -> Bytes:
     runs = low.reshape(len(low), -1, 1, run)
-    return np.concatenate((runs & 15, runs >> 4), axis=2).reshape(len(low), -1)
+    return np.concatenate((runs & _NIBBLE, runs >> _FOUR), axis=2).reshape(len(low), -1)
 
 
 def _join_high(codes: Bytes, kind: GgufType) -> Bytes:
     """The bits above the nibble: bit ``i`` for weight ``i`` (Q5_0, Q5_1), or one byte for each place in all groups."""
-    n, high = len(codes), codes >> 4
+    n, high = len(codes), codes >> _FOUR
     if kind.name == "Q5_K":
         return np.packbits(high.reshape(n, 8, 32).transpose(0, 2, 1), axis=2, bitorder="little").reshape(n, 32)
     if kind.name == "Q6_K":
-        quarters = high.reshape(n, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-        return np.bitwise_or.reduce(quarters, axis=2).reshape(n, 64)
+        quarters = high.reshape(n, 2, 4, 32) << _QUARTERS
+        joined: Bytes = np.bitwise_or.reduce(quarters, axis=2)
+        return joined.reshape(n, 64)
     return np.packbits(high, axis=1, bitorder="little")
 
 
@@ -192,25 +197,26 @@ def _split_high(high: Bytes, kind: GgufType) -> Bytes:
     if kind.name == "Q5_K":
         return np.unpackbits(high[:, :, None], axis=2, bitorder="little").transpose(0, 2, 1).reshape(n, 256)
     if kind.name == "Q6_K":
-        quarters = high.reshape(n, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
-        return (quarters & 3).reshape(n, 256)
+        quarters = high.reshape(n, 2, 1, 32) >> _QUARTERS
+        return (quarters & np.uint8(3)).reshape(n, 256)
     return np.unpackbits(high, axis=1, bitorder="little")
 
 
 def _join_factors(factors: Factors) -> Bytes:
     """Eight 6-bit scales and eight 6-bit minima in 12 bytes; those of groups 4..7 are cut into 4 bits and 2 bits."""
     scales, minima = factors[:, :, 0].astype(np.uint8), factors[:, :, 1].astype(np.uint8)
-    top = np.uint8(48)
+    top, two = np.uint8(48), np.uint8(2)
     parts = (
-        scales[:, :4] | (scales[:, 4:] & top) << 2,
-        minima[:, :4] | (minima[:, 4:] & top) << 2,
-        scales[:, 4:] & 15 | minima[:, 4:] << 4,
+        scales[:, :4] | (scales[:, 4:] & top) << two,
+        minima[:, :4] | (minima[:, 4:] & top) << two,
+        scales[:, 4:] & _NIBBLE | minima[:, 4:] << _FOUR,
     )
     return np.concatenate(parts, axis=1)
 
 
 def _split_factors(packed: Bytes) -> Factors:
     first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.concatenate((first & 63, rest & 15 | (first >> 6) << 4), axis=1)
-    minima = np.concatenate((second & 63, rest >> 4 | (second >> 6) << 4), axis=1)
+    six, below = np.uint8(6), np.uint8(63)
+    scales = np.concatenate((first & below, rest & _NIBBLE | (first >> six) << _FOUR), axis=1)
+    minima = np.concatenate((second & below, rest >> _FOUR | (second >> six) << _FOUR), axis=1)
     return np.stack((scales, minima), axis=2).astype(np.int16)

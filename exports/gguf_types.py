@@ -25,8 +25,8 @@ _SLACK = np.float32(1e-6)
 class Blocks(NamedTuple):
     """A matrix of blocks, taken apart: ``weight = scale * code + minimum`` of the weight's group.
 
-    codes: uint8 ``[rows, cols]``. scales, minima: float32 ``[rows, groups]``. supers: float16 ``[rows, blocks, 1 or 2]`` (k-quants,
-    else None). factors: int16 ``[rows, groups, 1 or 2]``, the integers by which supers are multiplied (k-quants, else None).
+    codes: uint8 ``[rows, cols]``. scales, minima: float32 ``[rows, groups]``. The last two are those of k-quants, else None:
+    supers: float16 ``[rows, blocks, 1 or 2]``. factors: int16 ``[rows, groups, 1 or 2]``, by which supers are multiplied.
     """
 
     codes: Bytes
@@ -85,9 +85,9 @@ def _narrowed(values: Floats, kind: GgufType) -> Bytes:
     if kind.name == "F32":
         return values.astype("<f4", copy=False).view(np.uint8)
     if kind.name == "BF16":
-        words = values.view(np.uint32)
-        words = (words + (np.uint32(0x7FFF) + (words >> 16 & 1))) >> 16  # to nearest, ties to even
-        return words.astype("<u2").view(np.uint8)
+        words, half = values.view(np.uint32), np.uint32(16)
+        even = words >> half & np.uint32(1)  # ties to even
+        return ((words + (np.uint32(0x7FFF) + even)) >> half).astype("<u2").view(np.uint8)
     with np.errstate(over="ignore"):
         halves = values.astype("<f2")
     if not np.isfinite(halves).all():
@@ -111,7 +111,9 @@ def dequantize(data: Bytes, kind: str) -> Floats:
     described = kind_of(kind)
     shape = (*data.shape[:-1], described.columns(data.shape[-1]))
     if described.dense:
-        return _widened(np.ascontiguousarray(data), described).reshape(shape)
+        values = np.empty(shape, np.float32)
+        widen_into(np.ascontiguousarray(data).reshape(-1), described, values.reshape(-1))
+        return values
     codes, halves, factors = gguf_layout.split(np.ascontiguousarray(data).reshape(-1, described.type_size), described)
     supers = halves.astype(np.float32)[:, None, :]
     numbers = supers if factors is None else supers * factors.astype(np.float32)
@@ -124,12 +126,14 @@ def dequantize(data: Bytes, kind: str) -> Floats:
     return values.reshape(shape)
 
 
-def _widened(data: Bytes, kind: GgufType) -> Floats:
+def widen_into(data: Bytes, kind: GgufType, out: Floats) -> None:
+    """:func:`dequantize` for weights of a dense type in a row: uint8 ``[n * type_size]`` into float32 ``[n]``."""
     if kind.name == "F32":
-        return data.view("<f4").astype(np.float32, copy=False)
-    if kind.name == "F16":
-        return data.view("<f2").astype(np.float32)
-    return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        out[:] = data.view("<f4")
+    elif kind.name == "F16":
+        out[:] = data.view("<f2")
+    else:
+        np.left_shift(data.view("<u2"), 16, out=out.view(np.uint32), dtype=np.uint32)
 
 
 def unpack(data: Bytes, kind: str) -> Blocks:

@@ -83,7 +83,7 @@ def check_eval(config: EvalConfig) -> None:
 
 def _check_variant(key: str, variant: VariantConfig) -> None:
     # Late, because the registries import torch, and a wrong key elsewhere should be told at once.
-    from exports import CONTAINERS
+    from exports.containers import CONTAINERS
     from quantize.grids import Grid
     from quantize.run import override_grid
     from quantize.solvers import SOLVERS
@@ -129,7 +129,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
 
 def _check_inputs(key: str, variant: VariantConfig) -> None:
     """What concerns quantized inputs, and the groups a container can store."""
-    from exports import CONTAINERS
+    from exports.containers import CONTAINERS
     from quantize.run import grids_of
 
     solver, container = variant.solver, CONTAINERS[variant.container]

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from exports import CONTAINERS
+from exports.containers import CONTAINERS
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import Checkpoint, open_checkpoint
 from quantize.config import QUALITIES, OverrideConfig, RunConfig, SolverConfig, VariantConfig

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from calibration.sources import load_text
 from calibration.windows import pack_windows
-from exports import CONTAINERS
 from exports.base import Artifact
+from exports.containers import CONTAINERS
 from quantize import __version__
 from quantize.block_files import BlockFiles
 from quantize.checkpoint import Checkpoint

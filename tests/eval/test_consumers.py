@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval.consumers import CONSUMERS
 from eval.perplexity import container_of
-from exports import CONTAINERS
+from exports.containers import CONTAINERS
 from exports.gptq import read
 from quantize.activations import quantize_inputs, token_steps
 from quantize.errors import InputError

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from eval.consumers import CONSUMERS
 from eval.perplexity import container_of
-from exports import CONTAINERS
+from exports.containers import CONTAINERS
 
 PROJECT = Path(__file__).resolve().parents[2]
 PYTHON = PROJECT / ".venv-vllm" / "bin" / "python"

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exports import CONTAINERS
 from exports.awq import ORDER, pack, pack_outputs, unpack, unpack_outputs
 from exports.base import Artifact
+from exports.containers import CONTAINERS
 from exports.shards import read_shards, write_shards
 from quantize.errors import InputError
 from quantize.grids import Grid, QuantizedTensor, group_index

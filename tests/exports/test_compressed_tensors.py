@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from exports import CONTAINERS
 from exports.base import Artifact
 from exports.compressed_tensors import pack, pack_columns, quantization_config, unpack_columns
+from exports.containers import CONTAINERS
 from exports.shards import read_shards, write_shards
 from quantize.errors import InputError
 from quantize.grids import SUPPORTED_BITS, Grid, QuantizedTensor, group_index

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import exports.gptq
-from exports import CONTAINERS
 from exports.base import Artifact
+from exports.containers import CONTAINERS
 from exports.packing import unpack_rows
 from exports.shards import SINGLE_FILE, read_shards, write_shards
 from quantize.errors import InputError

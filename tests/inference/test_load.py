@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, Qwen2Config
 
-from exports import CONTAINERS
 from exports.base import Artifact
+from exports.containers import CONTAINERS
 from inference.engine import Engine
 from inference.generate import generate
 from inference.kv_cache import KVCache

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from exports import CONTAINERS
+from exports.containers import CONTAINERS
 from quantize.files import sha256_file
 
 Cli = Callable[..., tuple[int, str, str]]

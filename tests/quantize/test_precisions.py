@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from exports import CONTAINERS
+from exports.containers import CONTAINERS
 from quantize.files import sha256_file
 from quantize.statistics import Statistics
 
