@@ -181,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     setup_logging("info")
     quiet_libraries()
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     log = logging.getLogger("imatrix")
     try:
         checkpoint, device = open_checkpoint(options.model), resolve_device(options.device)

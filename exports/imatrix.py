@@ -60,9 +60,8 @@ def write(path: Path, entries: Mapping[str, ImatrixEntry], datasets: Sequence[st
     """
     if not entries or not datasets:
         raise InputError(f"{path}: an importance matrix needs at least one matrix and the name of a text")
-    writer = gguf.GGUFWriter(None, "")
     # A model's file has an architecture; this is none, and llama.cpp's own has no such key.
-    del writer.kv_data[0]["general.architecture"]
+    writer = gguf.GGUFWriter(None, "")
     writer.add_type("imatrix")
     writer.add_array(_DATASETS, list(datasets))
     writer.add_uint32(_CHUNK_COUNT, chunk_count)
