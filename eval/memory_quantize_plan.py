@@ -95,7 +95,7 @@ def plan_variant(config: RunConfig, name: str, model: Any, device: torch.device)
     if not solver.quantizes or solver.container:
         return QuantizationPlan(**about, phases={}, workspace=0, hidden_states=0, written=0, mapped=0)
     checkpoint = PaperCheckpoint(Path(config.model.path or "the demo model"), model, stored)
-    ledger = Ledger(members=max(1, variant.solver.group_size))
+    ledger = Ledger(max(1, variant.solver.group_size), device.type == "cpu")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(dataclasses.replace(config, device="cpu"), Path(folder), str(checkpoint.path))
         run.checkpoint = checkpoint
@@ -103,6 +103,8 @@ def plan_variant(config: RunConfig, name: str, model: Any, device: torch.device)
         blocks = _representatives(model, stored)
         try:
             with _on_paper(ledger, device):
+                for buffer in run.walk._model.buffers():
+                    ledger.hold(buffer)
                 hidden, written = _carry_out(run, name, ledger, blocks)
         except (RuntimeError, NotImplementedError, TypeError, AttributeError, IndexError) as error:
             raise InputError(

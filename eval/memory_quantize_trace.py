@@ -33,7 +33,7 @@ TUNING = "tuning"
 HEAD = "inputs of the output embedding"
 
 # Whose work a moment is, and what a tensor is: by the innermost function on the stack that is listed, as module:function.
-_PHASES = {
+PHASE_NAMES = {
     "group_solver:GroupSolver.solve": SOLVING,
     "quantizer:_BlockStep._solve": SOLVING,
     "quantizer:_PlainSteps.__call__": SOLVING,
@@ -43,7 +43,7 @@ _PHASES = {
     "blocks:DecoderWalk._embed": EMBEDDING,
 }
 HIDDEN = "hidden states"
-_KINDS = {
+KIND_NAMES = {
     "blocks:DecoderWalk.loaded_block": "block weights",
     "blocks:set_linear_weight": "block weights",
     "quantizer:_BlockStep._solve": "block weights",
@@ -81,7 +81,7 @@ CODES = "codes"
 _UNIT = 512  # bytes: what torch's allocator on CUDA hands out is a multiple of it
 _ORDER = (EMBEDDING, SCALES, RUNNING, SOLVING, TUNING, HEAD)
 # Searches whose slices are alike and let go of one after another: a few stand for all.
-_ALIKE = {"awq:relative_magnitudes", "awq:layer_loss.<locals>.loss"}
+ALIKE = {"awq:relative_magnitudes", "awq:layer_loss.<locals>.loss"}
 _PACKAGE = Path(__file__).resolve().parent.parent / "quantize"
 _aten = torch.ops.aten
 
@@ -99,7 +99,7 @@ class Phase:
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what is alive on the meta device, by phase and kind, while it is entered.
+    """Counts what is alive on the meta device, which stands for the real one, by phase and kind, while it is entered.
 
     Attributes:
         phases: the phases so far.
@@ -107,15 +107,17 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         members: columns of a group of the grid: where a tensor's shape depends on numbers, it is the columns of one group.
     """
 
-    def __init__(self, members: int = 1) -> None:
+    def __init__(self, members: int, cpu: bool) -> None:
+        """Count for a quantization on a CPU, or on another device: there, what is made on the CPU is elsewhere."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._counted = ("meta", "cpu") if cpu else ("meta",)
         self.phases: dict[str, Phase] = {}
         self.detail = ""
         self.members = members
         self._total = 0
         self._by_kind: Counter[str] = Counter()
         self._alive: dict[int, tuple[str, int, Any]] = {}  # address of a storage: kind, bytes, reference
-        self._denied: set[int] = set()  # storages whose boolean is False
+        self._denied: set[int] = set()  # storages of booleans that are False
         self._floats = 0.0
         self._open = True
 
@@ -125,10 +127,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._answer(args[0])
         result = self._result(func, args, kwargs)
         for leaf in tree_iter(result):
-            if isinstance(leaf, Tensor) and leaf.is_meta and self._open:
+            if isinstance(leaf, Tensor) and leaf.device.type in self._counted and self._open:
                 self.see(leaf)
-        if func in (_aten.any.default, _aten.any.dim, _aten.isnan.default, _aten.isinf.default):
-            self._denied.update(leaf.untyped_storage()._cdata for leaf in tree_iter(result) if isinstance(leaf, Tensor))
+        if func is _aten.any.default and result.is_meta:  # the project asks whether any number is out of bounds
+            self._denied.add(result.untyped_storage()._cdata)
         return result
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -151,14 +153,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._floats
 
     def see(self, tensor: Tensor) -> None:
-        """Count a tensor from now on; an operation's results are counted without being told."""
-        storage = tensor.untyped_storage()
-        address, size = storage._cdata, -(-storage.nbytes() // _UNIT) * _UNIT
-        if address in self._alive:
+        """Count an operation's result from now on, and the moment with it."""
+        if tensor.untyped_storage()._cdata in self._alive:
             return
         phase, kind = _place(sys._getframe(2))
-        if tensor.dtype is torch.uint8:
-            kind = CODES
+        self.hold(tensor, CODES if tensor.dtype is torch.uint8 else kind)
+        name = f"{phase} {self.detail}" if phase == SOLVING and self.detail else phase
+        if name not in self.phases or self._total > self.phases[name].peak:
+            self.phases[name] = Phase(self._total, {kind: size for kind, size in self._by_kind.items() if size})
+
+    def hold(self, tensor: Tensor, kind: str = OTHER) -> None:
+        """Count a tensor until it is gone."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, -(-storage.nbytes() // _UNIT) * _UNIT
 
         def gone(_: Any) -> None:
             kind, size, _ = self._alive.pop(address)
@@ -169,9 +176,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[address] = (kind, size, weakref.ref(storage, gone))
         self._total += size
         self._by_kind[kind] += size
-        name = f"{phase} {self.detail}" if phase == SOLVING and self.detail else phase
-        if name not in self.phases or self._total > self.phases[name].peak:
-            self.phases[name] = Phase(self._total, {kind: size for kind, size in self._by_kind.items() if size})
 
     def without_storage(self, tensor: Tensor) -> Tensor:
         """A tensor of the same shape that does not count."""
@@ -217,8 +221,8 @@ _known_codes: dict[CodeType, tuple[str | None, str | None] | None] = {}
 def _known(code: CodeType) -> tuple[str | None, str | None] | None:
     if code not in _known_codes:
         name = _name(code)
-        phase = next((phase for start, phase in _PHASES.items() if name.startswith(start)), None)
-        kind = next((kind for start, kind in _KINDS.items() if name.startswith(start)), None)
+        phase = next((phase for start, phase in PHASE_NAMES.items() if name.startswith(start)), None)
+        kind = next((kind for start, kind in KIND_NAMES.items() if name.startswith(start)), None)
         _known_codes[code] = None if phase is None and kind is None else (phase, kind)
     return _known_codes[code]
 
@@ -248,7 +252,7 @@ class OnPaper(_FusedAttention):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.to and args[1:] == ("meta",):  # how a parameter's storage is dropped
             return self._ledger.without_storage(args[0])
-        if func is torch.functional.split and _caller(sys._getframe(1)) in _ALIKE:
+        if func is torch.functional.split and _caller(sys._getframe(1)) in ALIKE:
             return _some(func(*args, **(kwargs or {})))
         if func is nn.functional.scaled_dot_product_attention and any(
             isinstance(value, Tensor) and value.requires_grad for value in args
