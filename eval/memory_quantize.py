@@ -86,8 +86,11 @@ def parse(arguments: Sequence[str]) -> Question:
     """
     own: dict[str, str] = {}
     overrides: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
+    pending = iter(arguments)
+    for argument in pending:
+        key, equals, value = argument.partition("=")
+        if key == "--config-dir" and not equals:
+            value = next(pending, "")
         if key in ("memory", "json", "--config-dir"):
             own[key] = value
         else:
@@ -130,9 +133,7 @@ def report(question: Question) -> dict[str, Any]:
         InputError: the model's config is not usable, or a variant cannot be planned for it.
     """
     config = question.config
-    path = config.model.path or str(_demo_model())
-    if "@" in path and not Path(path).exists():
-        raise InputError(f"model.path={path} names a revision; give the id alone, or a directory with its config.json")
+    path = demo_or(config.model.path)
     model = load_config(path)
     plans = [plan_variant(config, name, model, question.device) for name in config.variants]
     calibration = config.calibration
@@ -146,10 +147,18 @@ def report(question: Question) -> dict[str, Any]:
     }
 
 
-def _demo_model() -> Path:
-    path = cache_directory() / f"{NAME}-FP16"
-    if not (path / "config.json").exists():
-        raise InputError("the demo model is not made yet; give model.path=DIR, or run python -m quantize.demo_model")
+def demo_or(path: str | None) -> str:
+    """``model.path``, or where the demo model is.
+
+    Raises:
+        InputError: the demo model is not made yet, or the path names a revision.
+    """
+    if path is None:
+        path = str(cache_directory() / f"{NAME}-FP16")
+        if not (Path(path) / "config.json").exists():
+            raise InputError("the demo model is not made yet; give model.path=DIR, or run python -m quantize.demo_model")
+    if "@" in path and not Path(path).exists():
+        raise InputError(f"model.path={path} names a revision; give the id alone, or a directory with its config.json")
     return path
 
 

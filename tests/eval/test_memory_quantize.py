@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig
 
 from eval.memory_geometry import load_config
-from eval.memory_measure import allocated
 from eval.memory_quantize import DOES_NOT_FIT, main, parse, report
+from eval.memory_quantize_measure import main as measure
+from eval.memory_quantize_measure import measure_variant
 from eval.memory_quantize_plan import CUDA_WORKSPACE, QuantizationPlan, plan_variant
 from eval.memory_quantize_trace import ALIKE, EMBEDDING, KIND_NAMES, PHASE_NAMES, RUNNING, SOLVING, TUNING
-from quantize.block_files import BlockFiles
-from quantize.checkpoint import SafetensorsCheckpoint
 from quantize.config import RunConfig
 from quantize.errors import InputError
-from quantize.files import read_json, write_tensors
-from quantize.quantizer import parts_of, quantize_blocks
-from quantize.run import Run
+from quantize.files import read_json
 
 SIZES: dict[str, Any] = {
     "vocab_size": 304,
-    "hidden_size": 256,
-    "intermediate_size": 640,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
@@ -58,35 +54,6 @@ def recipe(path: Path, *arguments: str) -> RunConfig:
     return parse([f"model.path={path}", "memory=1GB", "device=cpu", *CALIBRATION, *arguments]).config
 
 
-class Held(SafetensorsCheckpoint):
-    """A checkpoint whose tensors were read before anything is measured: the mapped file would count as allocated, all of it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._held = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._held[name]
-
-    def release(self) -> None:
-        """Nothing is mapped anew."""
-
-
-def measured(config: RunConfig, name: str, folder: Path) -> int:
-    """The peak of bytes that the quantize step allocates on this machine's CPU, to the byte."""
-    run = Run(config, folder, str(config.model.path))
-    run.checkpoint = Held(Path(run.model_path))
-    shape = (config.calibration.num_samples, config.calibration.seq_len)
-    windows = torch.randint(0, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
-    write_tensors(run.work("calibration", "windows.safetensors"), {"windows": windows})
-    variant = config.variants[name]
-
-    def work() -> None:
-        quantize_blocks(run, variant, BlockFiles(run.work("quantize", name), "", len(parts_of(run, variant))))
-
-    return allocated(work, "cpu")[1]
-
-
 def planned(config: RunConfig, name: str) -> QuantizationPlan:
     return plan_variant(config, name, load_config(str(config.model.path)), torch.device("cpu"))
 
@@ -109,7 +76,7 @@ def planned(config: RunConfig, name: str) -> QuantizationPlan:
 def test_the_plan_holds(checkpoint: Path, tmp_path: Path, arguments: list[str]) -> None:
     config = recipe(checkpoint, *arguments)
     (name,) = config.variants
-    plan, peak = planned(config, name), measured(config, name, tmp_path)
+    plan, peak = planned(config, name), measure_variant(config, name, tmp_path)
     assert peak <= plan.peak_bytes <= MOST * peak
 
 
@@ -124,18 +91,33 @@ def test_the_plan_holds_where_activations_are_the_most(checkpoint: Path, tmp_pat
         "calibration.batch_tokens=1024",
         f"calibration.activations={activations}",
     )
-    plan, peak = planned(config, "gptq"), measured(config, "gptq", tmp_path)
+    plan, peak = planned(config, "gptq"), measure_variant(config, "gptq", tmp_path)
     assert max(plan.phases, key=lambda name: plan.phases[name].peak) == TUNING
     assert peak <= plan.peak_bytes <= MOST * peak
 
 
 def test_the_plan_holds_for_another_family(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:
     """Biases, learned positions, layers stored the other way round, and q, k and v in one."""
-    shape = {"vocab_size": SIZES["vocab_size"], "n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 128}
+    shape = {"vocab_size": SIZES["vocab_size"], "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
     path = make_checkpoint(tmp_path / "gpt2", GPT2Config(**shape, bos_token_id=0, eos_token_id=1))
-    config = recipe(path, "recipe=gptq", "quality=best")
-    plan, peak = planned(config, "gptq"), measured(config, "gptq", tmp_path / "run")
+    config = recipe(path, "recipe=gptq", "quality=balanced", "solver.search_steps=2")
+    plan, peak = planned(config, "gptq"), measure_variant(config, "gptq", tmp_path / "run")
     assert peak <= plan.peak_bytes <= MOST * peak
+
+
+def test_plan_and_measurement_side_by_side(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    file = tmp_path / "both.json"
+    arguments = [f"model.path={checkpoint}", "recipe=demo", "variants.int4-gptq.solver.name=rtn", "device=cpu"]
+    assert measure([*arguments, "blocks=1", f"json={file}"]) == 0
+    rows = read_json(file)["variants"]
+    assert [row["variant"] for row in rows] == ["int8", "int4-rtn", "int4-gptq"]
+    shown = capsys.readouterr().out
+    assert all(f"{row['peak_bytes']:,}" in shown and f"{row['measured_bytes']:,}" in shown for row in rows)
+    assert measure([*arguments, "blocks=none"]) == 2
+    assert "blocks=none" in capsys.readouterr().err
 
 
 def test_phases_say_what_is_alive(checkpoint: Path) -> None:
@@ -195,10 +177,13 @@ def test_recipes_for_7b_models_fit_16_gigabytes(mistral: Path, tmp_path: Path, n
     assert 2 * 218e6 + 4 * 14336**2 < row["peak_bytes"] <= 16e9
 
 
-def test_exit_codes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = [f"model.path={checkpoint}", "recipe=gptq", "quality=fast", *CALIBRATION]
+def test_exit_codes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    common = [f"model.path={checkpoint}", "recipe=gptq", "solver=rtn"]
     file = tmp_path / "plan.json"
-    assert main([*common, "memory=1MB", f"json={file}"]) == DOES_NOT_FIT
+    assert main([*common, "memory=10kB", f"json={file}"]) == DOES_NOT_FIT
     assert read_json(file)["variants"][0]["fits"] is False
     peak = read_json(file)["variants"][0]["peak_bytes"]
     assert "does not fit" in capsys.readouterr().out
@@ -207,23 +192,20 @@ def test_exit_codes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["--help"]) == 0
 
 
-def test_what_has_no_quantize_step_fits(checkpoint: Path) -> None:
-    variants = ["+variants.fp16={solver: {name: none}, container: safetensors}"]
-    variants += ["+variants.nf4={solver: {name: nf4, bits: 4}, container: bitsandbytes}"]
-    rows = report(parse([f"model.path={checkpoint}", "memory=1MB", "recipe=gptq", "solver=rtn", *variants]))["variants"]
-    assert [(row["variant"], row["fits"], bool(row["phases"])) for row in rows] == [
-        ("gptq", False, True),
-        ("fp16", True, False),
-        ("nf4", True, False),
-    ]
-
-
 def test_a_recipe_of_one_s_own(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nvariants:\n  mine: {solver: {name: rtn}}\n")
-    question = parse([f"--config-dir={tmp_path}", "recipe=mine", "memory=1GB", f"model.path={checkpoint}"])
-    assert list(question.config.variants) == ["mine"]
-    assert question.memory == 10**9
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        """# @package _global_
+variants:
+  int4: {solver: {name: rtn}}
+  fp16: {solver: {name: none}, container: safetensors}
+  nf4: {solver: {name: nf4, bits: 4}, container: bitsandbytes}
+"""
+    )
+    rows = report(parse([f"--config-dir={tmp_path}", "recipe=mine", "memory=10kB", f"model.path={checkpoint}"]))["variants"]
+    # The last two have no quantize step: nothing of this project's is run for them.
+    found = [(row["variant"], row["fits"], bool(row["phases"])) for row in rows]
+    assert found == [("int4", False, True), ("fp16", True, False), ("nf4", True, False)]
 
 
 @pytest.mark.parametrize(
@@ -234,16 +216,24 @@ def test_a_recipe_of_one_s_own(checkpoint: Path, tmp_path: Path) -> None:
         (["quality=superb"], ["quality=superb", "fast"]),
         (["memory=much"], ["memory=much", "16GB"]),
         (["device=mps"], ["device=mps", "cuda"]),
-        (["--config-dir=/none/such"], ["/none/such", "recipe/NAME.yaml"]),
+        (["--config-dir", "/none/such"], ["/none/such", "recipe/NAME.yaml"]),
         (["model.path=/none/such"], ["/none/such", "config.json"]),
         (["model.path=owner/name@main"], ["owner/name@main", "revision"]),
         (["solver.group_size=100"], ["group_size=100", "128"]),
     ],
 )
-def test_bad_input_is_told(checkpoint: Path, caplog: pytest.LogCaptureFixture, arguments: list[str], words: list[str]) -> None:
+def test_bad_input_is_told(
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert main([f"model.path={checkpoint}", "recipe=gptq", "memory=1GB", *arguments]) == 2
-    (message,) = [record.message for record in caplog.records if record.name == "eval"]
-    assert all(word in message for word in words)
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert all(word in captured.err for word in words)
 
 
 def test_experts_are_refused(tmp_path: Path, moe_config: Callable[..., PretrainedConfig]) -> None:
