@@ -95,7 +95,7 @@ def plan_variant(config: RunConfig, name: str, model: Any, device: torch.device)
     if not solver.quantizes or solver.container:
         return QuantizationPlan(**about, phases={}, workspace=0, hidden_states=0, written=0, mapped=0)
     checkpoint = PaperCheckpoint(Path(config.model.path or "the demo model"), model, stored)
-    ledger = Ledger(max(1, variant.solver.group_size), device.type == "cpu")
+    ledger = Ledger(variant.solver.group_size, device.type == "cpu")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(dataclasses.replace(config, device="cpu"), Path(folder), str(checkpoint.path))
         run.checkpoint = checkpoint

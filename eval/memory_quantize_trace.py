@@ -3,8 +3,8 @@
 Nothing is computed and nothing is stored, but every tensor has its size and its time of life, as in
 :mod:`eval.memory_trace`. Two things are added. Each tensor is told apart by the code that made it, and each moment belongs
 to a phase, so that a peak can be said to be made of something. And code that looks at numbers gets an answer: comparisons
-hold, nothing fails, each loss is lower than the one before, so whatever may be tried is tried and kept, which is the most
-memory that can be needed.
+hold, nothing is out of bounds, each loss is lower than the one before. So every scale that may be tried is tried and kept, and
+nothing is tried a second time because it failed.
 """
 
 from __future__ import annotations
@@ -104,16 +104,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         phases: the phases so far.
         detail: what the phase at hand is about, such as the layers being solved; part of the phase's name.
-        members: columns of a group of the grid: where a tensor's shape depends on numbers, it is the columns of one group.
+        group_size: of the grid; -1: whole rows. Where a tensor's shape depends on numbers, it is the columns of one group.
     """
 
-    def __init__(self, members: int, cpu: bool) -> None:
+    def __init__(self, group_size: int, cpu: bool) -> None:
         """Count for a quantization on a CPU, or on another device: there, what is made on the CPU is elsewhere."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._counted = ("meta", "cpu") if cpu else ("meta",)
         self.phases: dict[str, Phase] = {}
         self.detail = ""
-        self.members = members
+        self.group_size = group_size
         self._total = 0
         self._by_kind: Counter[str] = Counter()
         self._alive: dict[int, tuple[str, int, Any]] = {}  # address of a storage: kind, bytes, reference
@@ -137,7 +137,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.bincount.default:
             return args[0].new_empty(max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 0)), dtype=torch.int64)
         if func is _aten.nonzero.default:
-            return args[0].new_empty(min(self.members, args[0].numel()), args[0].dim(), dtype=torch.int64)
+            columns = args[0].numel()
+            members = columns if self.group_size == -1 else min(self.group_size, columns)
+            return args[0].new_empty(members, args[0].dim(), dtype=torch.int64)
         if func is _aten._to_copy.default and args[0].is_meta and str(kwargs.get("device")) == "cpu":
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         return func(*args, **kwargs)
