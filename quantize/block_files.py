@@ -96,7 +96,7 @@ class BlockFiles:
     @staticmethod
     def reader(directory: Path, grids: Mapping[str, Grid]) -> Callable[[str], QuantizedTensor]:
         """Gives any one quantized layer of a finished quantization, by full name."""
-        files = {}
+        files: dict[str, Path] = {}
         for path in sorted(directory.glob("block-*.safetensors")) if grids else ():
             with safe_open(path, "pt") as file:
                 files |= {name.rsplit(".", 1)[0]: path for name in file.keys() if not name.startswith(_DENSE)}  # noqa: SIM118

@@ -97,9 +97,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     fits = [
         name
         for name, kind in CONTAINERS.items()
-        if name not in delegates
-        and (kind.quantized == entry.quantizes or kind.dense)
-        and (entry.blocks or not kind.file_types)
+        if name not in delegates and (kind.quantized == entry.quantizes or kind.dense) and (entry.blocks or not kind.file_types)
     ]
     fits = [entry.container] if entry.container else fits
     if variant.container not in fits:

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 console = Console(stderr=True)
-_NOISY = ("gguf", 
+_NOISY = (
+    "gguf",
     "torchao",
     "torch",
     "transformers",

@@ -63,7 +63,9 @@ class _Any(dict):  # type: ignore[type-arg]
         return next(iter(self.values()))
 
 
-def test_without_calibration_it_is_llama_quantizes_rounding(gguf: list[str], cli: Cli, tmp_path: Path, tiny_llama: Path) -> None:
+def test_without_calibration_it_is_llama_quantizes_rounding(
+    gguf: list[str], cli: Cli, tmp_path: Path, tiny_llama: Path
+) -> None:
     assert cli(*gguf, "solver=rtn", f"output_dir={tmp_path}")[0] == 0
     file, names = opened(tmp_path), TensorMap(read_json(tiny_llama / "config.json"))
     assert not (tmp_path / "work" / "quantize").exists()
@@ -72,12 +74,16 @@ def test_without_calibration_it_is_llama_quantizes_rounding(gguf: list[str], cli
         if stored := names.name(name):
             values = names.transform(name, tensor.float().numpy())
             kind = file.tensors[stored].kind
-            assert np.array_equal(file.data(stored).reshape(-1), quantize(np.ascontiguousarray(values), kind).reshape(-1)), stored
+            assert np.array_equal(file.data(stored).reshape(-1), quantize(np.ascontiguousarray(values), kind).reshape(-1)), (
+                stored
+            )
             checked += kind == "Q4_0"
     assert checked == 4 * 7
 
 
-def test_gptq_is_nearer_to_the_models_outputs_than_rounding(gguf: list[str], cli: Cli, tmp_path: Path, tiny_llama: Path) -> None:
+def test_gptq_is_nearer_to_the_models_outputs_than_rounding(
+    gguf: list[str], cli: Cli, tmp_path: Path, tiny_llama: Path
+) -> None:
     found = {}
     for solver in ("rtn", "gptq", "awq+gptq"):
         run = tmp_path / solver
@@ -136,7 +142,9 @@ def test_same_bytes_whatever_the_way(gguf: list[str], cli: Cli, tmp_path: Path) 
         (["solver.input_activations=dynamic"], r"has no place for input_activations=dynamic"),
     ],
 )
-def test_impossible_combinations_are_refused(gguf: list[str], cli: Cli, tmp_path: Path, changes: list[str], message: str) -> None:
+def test_impossible_combinations_are_refused(
+    gguf: list[str], cli: Cli, tmp_path: Path, changes: list[str], message: str
+) -> None:
     code, _, err = cli(*gguf, *changes, f"output_dir={tmp_path}")
     assert code == 2
     assert re.search(message, err), err

@@ -19,7 +19,7 @@ def hessian_of(seed: int = 0, columns: int = COLUMNS) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns) * 0.5
     inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing * torch.logspace(-1, 1, columns)
-    hessian = 2 * inputs.t() @ inputs / len(inputs)
+    hessian: Tensor = 2 * inputs.t() @ inputs / len(inputs)
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     return hessian
 
