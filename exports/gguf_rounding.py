@@ -104,7 +104,8 @@ def _round_affine(values: Floats, low: Floats, high: Floats, kind: GgufType) -> 
     if zero.size:  # the stored minimum has the sign of the first zero, which a vectorised minimum does not promise
         rows = values[zero]
         low[zero] = np.take_along_axis(rows, (rows == 0).argmax(axis=1)[:, None], axis=1)[:, 0]
-    scale = (high - low) / np.float32(top)
+    # Zeros of both signs would make it -0 where their maximum happens to be the negative one.
+    scale = np.abs(high - low) / np.float32(top)
     halves = stored(scale, low)
     inverse, overflow = _inverse(scale)
     scaled = values - low[:, None]
