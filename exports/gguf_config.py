@@ -37,6 +37,7 @@ _GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh")
 _ACTIVATIONS = dict.fromkeys(("llama", "qwen2", "qwen3", "phi3"), _SILU) | dict.fromkeys(
     ("gemma", "gemma2", "gemma3", "phi2", "gpt2"), _GELU_TANH
 )
+_TIED = {"gemma": True, "gemma2": True, "phi2": False}
 _ROPE_TYPES = {
     "default": tuple(_ACTIVATIONS),
     "linear": tuple(_ACTIVATIONS),
@@ -102,6 +103,22 @@ def full_attention_layers(config: Mapping[str, Any]) -> list[bool] | None:
     return None if kinds is None else [kind == "full_attention" for kind in kinds]
 
 
+def warn_of_differences(config: Mapping[str, Any]) -> None:
+    """Log from which length of text on llama.cpp computes something else than the checkpoint's own code."""
+    if rope_parameters(config).get("rope_type") == "dynamic":
+        log.warning("rope_type=dynamic: llama.cpp keeps the unscaled frequencies beyond the trained context")
+    window = config.get("sliding_window")
+    if not window or architecture(config) in WINDOW_PATTERN or config.get("use_sliding_window") is False:
+        return
+    if window < config["max_position_embeddings"]:
+        log.warning(
+            "sliding_window=%d: llama.cpp attends to the whole context with this architecture; its results differ from the "
+            "checkpoint's beyond %d tokens",
+            window,
+            window,
+        )
+
+
 def _refuse(key: str, found: object, allowed: str) -> None:
     raise InputError(
         f"config.json: {key}={found!r} cannot become GGUF: llama.cpp computes this architecture only with {allowed}"
@@ -120,6 +137,9 @@ def _check(config: Mapping[str, Any], name: str) -> None:
         for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
             if config.get(key):
                 _refuse(key, True, "false")
+    # Gemma's graphs take the embedding for the head, Phi-2's never do.
+    if name in _TIED and bool(config.get("tie_word_embeddings")) != _TIED[name]:
+        _refuse("tie_word_embeddings", config.get("tie_word_embeddings"), str(_TIED[name]).lower())
     if name in ("gemma2", "gemma3"):
         _check_gemma(config, name)
     rope = rope_parameters(config)
@@ -127,9 +147,6 @@ def _check(config: Mapping[str, Any], name: str) -> None:
     if name not in _ROPE_TYPES.get(kind, ()):
         known = ", ".join(each for each, names in _ROPE_TYPES.items() if name in names)
         _refuse("rope_parameters.rope_type", kind, known)
-    if kind == "dynamic":
-        log.warning("rope_type=dynamic: llama.cpp keeps the unscaled frequencies beyond the trained context")
-    _warn_of_windows(config, name)
 
 
 def _check_gemma(config: Mapping[str, Any], name: str) -> None:
@@ -140,16 +157,3 @@ def _check_gemma(config: Mapping[str, Any], name: str) -> None:
         _refuse("query_pre_attn_scalar", config["query_pre_attn_scalar"], f"{expected} (with {layers} layers)")
     if name == "gemma3" and config.get("attn_logit_softcapping") is not None:
         _refuse("attn_logit_softcapping", config["attn_logit_softcapping"], "null")
-
-
-def _warn_of_windows(config: Mapping[str, Any], name: str) -> None:
-    window = config.get("sliding_window")
-    if not window or name in WINDOW_PATTERN or config.get("use_sliding_window") is False:
-        return
-    if window < config["max_position_embeddings"]:
-        log.warning(
-            "sliding_window=%d: llama.cpp attends to the whole context with this architecture; its results differ from the "
-            "checkpoint's beyond %d tokens",
-            window,
-            window,
-        )

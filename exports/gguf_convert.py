@@ -6,7 +6,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ def convert(
             a disk that is full.
     """
     checkpoint = source if isinstance(source, Checkpoint) else SafetensorsCheckpoint(source)
+    if not checkpoint.path.is_dir():
+        raise InputError(f"{checkpoint.path} is no directory; give one with config.json, safetensors and tokenizer.json")
     if kind not in (*FILE_TYPES, "auto"):
         raise InputError(f"type {kind!r} is none of {', '.join(FILE_TYPES)}, auto; F16 is what most start from")
     if kind == "auto":
@@ -97,8 +99,8 @@ def _tensor(checkpoint: Checkpoint, tensors: TensorMap, hf_name: str, kind: str)
     return GgufTensor(name, kind, shape, _reader(checkpoint, tensors, hf_name, kind))
 
 
-def _reader(checkpoint: Checkpoint, tensors: TensorMap, hf_name: str, kind: str) -> Callable[[], NDArray[Any]]:
-    def read() -> NDArray[Any]:
+def _reader(checkpoint: Checkpoint, tensors: TensorMap, hf_name: str, kind: str) -> Callable[[], Iterator[NDArray[Any]]]:
+    def read() -> Iterator[NDArray[Any]]:
         # Pages of the file that were touched before count as this process's memory.
         checkpoint.release()
         tensor = checkpoint.tensor(hf_name)
@@ -116,18 +118,23 @@ def _float32(values: NDArray[Any], bfloat16: bool) -> NDArray[np.float32]:
     return (values.astype(np.uint32) << 16).view(np.float32) if bfloat16 else values.astype(np.float32)
 
 
-def _converted(values: NDArray[Any], bfloat16: bool, kind: str, hf_name: str) -> NDArray[Any]:
+def _converted(values: NDArray[Any], bfloat16: bool, kind: str, hf_name: str) -> Iterator[NDArray[Any]]:
+    """``values`` in the type ``kind``, in slices of the first axis."""
     stored = "BF16" if bfloat16 else {np.float16: "F16", np.float32: "F32"}[values.dtype.type]
-    if stored == kind:
-        return values
-    result = np.empty(values.shape, {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[kind])
     rows = max(1, _SLICE // max(1, prod(values.shape[1:])))
     for start in range(0, len(values), rows):
-        part = _float32(values[start : start + rows], bfloat16)
-        if kind == "F16" and (over := np.abs(part, where=np.isfinite(part), out=np.zeros_like(part)).max()) > _F16_MAX:
-            raise InputError(f"tensor {hf_name} holds {over:g}, beyond float16's {_F16_MAX:g}; give --type BF16 or F32")
-        result[start : start + rows] = _bfloat16(part) if kind == "BF16" else part
-    return result
+        part = values[start : start + rows]
+        if stored != kind:
+            part = _float32(part, bfloat16)
+            part = _bfloat16(part) if kind == "BF16" else _float16(part, hf_name) if kind == "F16" else part
+        yield part
+
+
+def _float16(values: NDArray[np.float32], hf_name: str) -> NDArray[np.float16]:
+    over = np.abs(values[np.isfinite(values)]).max(initial=0)
+    if over > _F16_MAX:
+        raise InputError(f"tensor {hf_name} holds {over:g}, beyond float16's {_F16_MAX:g}; give --type BF16 or F32")
+    return values.astype(np.float16)
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

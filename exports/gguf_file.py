@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from exports.gguf_config import architecture, complete_config
+from exports.gguf_config import architecture, complete_config, warn_of_differences
 from exports.gguf_metadata import Value, add_model_metadata, add_values
 from exports.gguf_names import rope_tensors
 from exports.gguf_vocab import read_vocabulary
@@ -38,13 +38,14 @@ class GgufTensor:
         kind: its type by llama.cpp's name: ``F32``, ``F16``, ``BF16``, ``Q4_0``, ...
         shape: logical, ``(rows, columns)`` or ``(values,)``; the last one runs fastest.
         data: makes the stored values or bytes: float32 for ``F32``, float16 for ``F16``, else uint8 or (``BF16``) uint16;
-            ``nbytes`` long whatever its shape. Called once, when they are written.
+            one array, or several that follow one another; ``nbytes`` in all, whatever their shapes. Called once, when they
+            are written.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    data: Callable[[], NDArray[Any]]
+    data: Callable[[], NDArray[Any] | Iterable[NDArray[Any]]]
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +99,7 @@ def write_gguf(
         ValueError: ``data`` made something else than announced.
     """
     complete = complete_config(config)
+    warn_of_differences(complete)
     stored = list(tensors)
     names = {tensor.name for tensor in stored}
     if _EMBEDDING not in names:
@@ -126,7 +128,7 @@ def write_gguf(
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in stored:
-                writer.write_tensor_data(_checked(tensor))
+                _write(writer, tensor)
         finally:
             writer.close()
 
@@ -135,11 +137,16 @@ def _constant(values: NDArray[np.float32]) -> Callable[[], NDArray[Any]]:
     return lambda: values
 
 
-def _checked(tensor: GgufTensor) -> NDArray[Any]:
-    data = tensor.data()
+def _write(writer: Any, tensor: GgufTensor) -> None:
+    """Append a tensor's bytes, aligned; ``writer.write_tensor_data`` would need them all at once."""
+    made, file, written = tensor.data(), writer.fout[0], 0
     allowed = {"F32": (np.float32,), "F16": (np.float16,), "BF16": (np.uint16, np.uint8)}.get(tensor.kind, (np.uint8,))
-    if data.dtype.type not in allowed or data.nbytes != tensor.nbytes:
-        raise ValueError(
-            f"tensor {tensor.name}: {data.nbytes} bytes of {data.dtype}, announced were {tensor.nbytes} bytes of {tensor.kind}"
-        )
-    return np.ascontiguousarray(data)
+    writer.write_padding(file, file.tell())
+    for part in [made] if isinstance(made, np.ndarray) else made:
+        if part.dtype.type not in allowed:
+            raise ValueError(f"tensor {tensor.name}: {part.dtype} instead of {allowed[0].__name__} for {tensor.kind}")
+        np.ascontiguousarray(part).tofile(file)
+        written += part.nbytes
+    if written != tensor.nbytes:
+        raise ValueError(f"tensor {tensor.name}: {written} bytes; announced were {tensor.nbytes} of {tensor.kind}")
+    writer.write_padding(file, written)

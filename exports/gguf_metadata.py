@@ -129,12 +129,13 @@ def _add_longrope(writer: Any, config: Mapping[str, Any], rope: Mapping[str, Any
 
 
 def add_values(writer: Any, values: Mapping[str, Value]) -> None:
-    """Add keys by the Python type of their values: bool, int (uint32, or int32 below zero), float (float32), str, lists.
+    """Add or replace keys, typed by their values: bool, int (uint32, or int32 below zero), float (float32), str, lists.
 
     Raises:
         InputError: a value of another type, an integer beyond 32 bits, or an empty list.
     """
     for key, value in values.items():
+        writer.kv_data[0].pop(key, None)
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):

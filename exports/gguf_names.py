@@ -21,6 +21,7 @@ from quantize.errors import InputError
 
 _NOT_STORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^(model\.)?(vision_tower|multi_modal_projector)\.")
 _ROTATED = re.compile(r"\.self_attn\.(?P<part>[qk])_proj\.(weight|bias)$")
+_OUTPUT_BIAS = ("llama", "phi2", "gpt2")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 
 
@@ -40,8 +41,7 @@ class TensorMap:
         self.architecture = architecture(config)
         arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == self.architecture)
         self._names = gguf.get_tensor_name_map(arch, int(self.config["num_hidden_layers"]))
-        # Gemma's and GPT-2's code has no head of its own.
-        self._tied = bool(self.config.get("tie_word_embeddings")) or self.architecture in ("gemma", "gemma2")
+        self._tied = bool(self.config.get("tie_word_embeddings"))
 
     def name(self, hf_name: str) -> str | None:
         """The tensor's name in the file, like ``blk.0.attn_q.weight``; None where it is not stored.
@@ -56,7 +56,7 @@ class TensorMap:
         if _NOT_STORED.search(plain) or (plain == "lm_head.weight" and self._tied):
             return None
         found: str | None = self._names.get_name(plain, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        if found is None or (found.endswith("attn_output.bias") and self.architecture not in _OUTPUT_BIAS):
             raise InputError(
                 f"tensor {hf_name} has no place in llama.cpp's {self.architecture} architecture; a checkpoint of "
                 f"model_type={self.config['model_type']!r} holds only the tensors that transformers saves for it"
@@ -141,4 +141,5 @@ def _llama3_divisors(rope: Mapping[str, Any], half: int) -> NDArray[np.float32]:
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    divisors: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
+    return divisors.astype(np.float32)

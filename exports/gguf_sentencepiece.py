@@ -22,6 +22,8 @@ SPACE = "▁"
 # What an added token's score is does not matter: it is cut out of the text before any merge.
 ADDED_SCORE = -1000.0
 _BPE_MODEL = 2
+# An id beyond is damage, and would have memory set aside for every id below it.
+_MOST_TOKENS = 2**24
 
 
 @dataclass
@@ -45,9 +47,12 @@ def read_model(file: Path) -> Pieces:
         for number, value in _fields(file.read_bytes()):
             if number == 1:
                 piece = dict(_fields(value))
-                pieces.texts.append(piece[1].decode("utf-8"))
+                kind = piece.get(3, NORMAL)
+                text = piece[1].decode("utf-8")
+                # llama.cpp looks for user-defined pieces in the text as it comes, before it marks spaces.
+                pieces.texts.append(text.replace(SPACE, " ") if kind == USER_DEFINED else text)
                 pieces.scores.append(struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0])
-                pieces.types.append(piece.get(3, NORMAL))
+                pieces.types.append(kind)
             elif number == 2:
                 model_type = dict(_fields(value)).get(3, 1)
             elif number == 3:
@@ -116,16 +121,29 @@ def from_tokenizer_json(tokenizer: Mapping[str, Any], where: str) -> Pieces:
             f"{where}: the pre-tokenizer splits at spaces, but the vocabulary has {inner!r}, which llama.cpp would use; "
             "give a tokenizer.model, or a pre-tokenizer without split"
         )
-    pieces = Pieces(add_space_prefix=prefix)
-    size = max(vocabulary.values()) + 1
-    pieces.texts, pieces.scores, pieces.types = [""] * size, [0.0] * size, [UNUSED] * size
+    texts = by_id(vocabulary, where)
+    pieces = Pieces(texts, [0.0] * len(texts), [UNUSED] * len(texts), prefix)
     unknown = model.get("unk_token")
     for text, number in vocabulary.items():
-        pieces.texts[number] = text
         pieces.scores[number] = float(-ranks.get(text, 0))
         byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
         pieces.types[number] = UNKNOWN if text == unknown else BYTE if byte else NORMAL
     return pieces
+
+
+def by_id(vocabulary: Mapping[str, int], where: str) -> list[str]:
+    """Texts in order of their ids; "" for ids that have none.
+
+    Raises:
+        InputError: an id that is no number of a row, or two texts with one.
+    """
+    texts: list[str] = []
+    for text, number in sorted(vocabulary.items(), key=lambda item: item[1]):
+        if not len(texts) <= number < _MOST_TOKENS:
+            raise InputError(f"{where}: token {text!r} has id {number}; ids differ, and lie from 0 to {_MOST_TOKENS - 1}")
+        texts += [""] * (number - len(texts))
+        texts.append(text)
+    return texts
 
 
 def _spaces(tokenizer: Mapping[str, Any], where: str) -> tuple[bool, bool]:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
 # Tokens that steer although their tokenizers do not mark them as special; llama.cpp would render and match them as text.
 _STEERING = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
-_OUTSIDE = -100000.0
+_FILLER_SCORE = -10000.0
 
 
 @dataclass
@@ -143,10 +143,7 @@ def _byte_level(tokenizer: Mapping[str, Any], where: str, pre: str | None) -> Vo
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise InputError(f"{where}: {key}={model[key]!r} has no counterpart in llama.cpp; it must be empty")
-    texts: dict[str, int] = model["vocab"]
-    tokens = [""] * (max(texts.values()) + 1)
-    for text, number in texts.items():
-        tokens[number] = text
+    tokens = spm.by_id(model["vocab"], where)
     merges = [
         merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge) for merge in model["merges"]
     ]
@@ -179,6 +176,8 @@ def _added_tokens(directory: Path, tokenizer: Mapping[str, Any], settings: Mappi
 
 
 def _set_added(vocabulary: Vocabulary, added: Mapping[int, tuple[str, bool]], rows: int) -> None:
+    if any(number < 0 for number in added):
+        raise ValueError(f"an added token with the id {min(added)}")
     outside = [text for number, (text, _) in added.items() if number >= rows]
     if outside:
         log.warning("added tokens %s have no row in the embedding (%d rows): left out", outside, rows)
@@ -201,7 +200,7 @@ def _grow(vocabulary: Vocabulary, size: int) -> None:
     vocabulary.tokens += [""] * missing
     vocabulary.types += [spm.UNUSED] * missing
     if vocabulary.scores is not None:
-        vocabulary.scores += [_OUTSIDE] * missing
+        vocabulary.scores += [_FILLER_SCORE] * missing
 
 
 def _fit(vocabulary: Vocabulary, rows: int, where: str) -> None:
@@ -223,7 +222,7 @@ def _fit(vocabulary: Vocabulary, rows: int, where: str) -> None:
             filler = f"[PAD{number}]"
             while filler in taken:
                 filler = f"[{filler}]"
-            vocabulary.tokens[number] = filler
+            vocabulary.tokens[number], vocabulary.types[number] = filler, spm.UNUSED
     seen: dict[str, int] = {}
     for number, text in enumerate(vocabulary.tokens):
         if text in seen:
@@ -278,6 +277,8 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, s
     elif template is None:
         template = _object(directory / "chat_template.json").get("chat_template")
     if isinstance(template, str):
-        return {"default": template}
+        template = [{"name": "default", "template": template}]
     templates = {str(each["name"]): str(each["template"]) for each in template or []}
+    others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    templates |= {file.stem: file.read_text(encoding="utf-8") for file in others}
     return {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items()}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from exports.gguf_convert import _bfloat16, _converted, convert, main
 from exports.gguf_file import GgufTensor, write_gguf
+from quantize.checkpoint import open_checkpoint
 from quantize.errors import InputError
 
 SIZES: dict[str, Any] = {
@@ -91,13 +93,14 @@ def test_bfloat16_rounds_as_torch(bits: list[int]) -> None:
 def test_what_float16_cannot_hold_is_refused() -> None:
     values = np.array([[1.0, 70000.0]], np.float32)
     with pytest.raises(InputError, match=r"up_proj holds 70000, beyond float16's 65504; give --type BF16"):
-        _converted(values, False, "F16", "up_proj")
-    assert np.isinf(_converted(np.array([[np.inf]], np.float32), False, "F16", "up_proj")).all()
+        list(_converted(values, False, "F16", "up_proj"))
+    kept = list(_converted(np.array([[np.inf, -2.5]], np.float32), False, "F16", "up_proj"))
+    assert [part.tolist() for part in kept] == [[[np.inf, -2.5]]]
 
 
 def test_bytes_are_the_same_each_time(tmp_path: Path, tiny_llama: Path) -> None:
-    for name in ("a.gguf", "b.gguf"):
-        convert(tiny_llama, tmp_path / name, name="tiny")
+    for name, source in (("a.gguf", tiny_llama), ("b.gguf", open_checkpoint(str(tiny_llama)))):
+        convert(source, tmp_path / name, name="tiny")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
@@ -115,7 +118,7 @@ def test_sharded_checkpoints_give_the_same_file(
 def tensors_of(file: Path) -> list[GgufTensor]:
     reader = gguf.GGUFReader(file)
     return [
-        GgufTensor(each.name, each.tensor_type.name, tuple(each.shape[::-1].tolist()), lambda data=each.data: data)
+        GgufTensor(each.name, each.tensor_type.name, tuple(each.shape[::-1].tolist()), partial(np.asarray, each.data))
         for each in reader.tensors
     ]
 
@@ -129,7 +132,7 @@ def test_quantized_tensors_are_stored_as_given(tmp_path: Path, tiny_llama: Path,
             tensors.append(tensor)
             continue
         expected[tensor.name] = gguf.quantize(tensor.data(), q8)
-        tensors.append(GgufTensor(tensor.name, "Q8_0", tensor.shape, lambda name=tensor.name: expected[name]))
+        tensors.append(GgufTensor(tensor.name, "Q8_0", tensor.shape, partial(expected.__getitem__, tensor.name)))
     config = json.loads((path / "config.json").read_text())
     extra: dict[str, Any] = {"quantize.imatrix.file": "a", "quantize.groups": [1, 2], "quantize.damp": 0.5, "quantize.on": True}
     write_gguf(tmp_path / "q.gguf", config=config, tokenizer_dir=path, tensors=tensors, file_type=7, name="tiny", extra=extra)
@@ -156,7 +159,9 @@ def test_wrong_tensors_are_refused(tmp_path: Path, tiny_llama: Path, tiny_file: 
         write([GgufTensor(whole[0].name, "Q4_9", whole[0].shape, whole[0].data), *whole[1:]])
     with pytest.raises(InputError, match=r"rows of 64 values cannot be Q4_K, whose blocks hold 256"):
         write([GgufTensor(whole[0].name, "Q4_K", whole[0].shape, whole[0].data), *whole[1:]])
-    with pytest.raises(ValueError, match=r"float64, announced were"):
+    with pytest.raises(ValueError, match=r"token_embd\.weight: 12 bytes; announced were 76800 of F32"):
+        write([GgufTensor(whole[0].name, "F32", whole[0].shape, lambda: np.zeros(3, np.float32)), *whole[1:]])
+    with pytest.raises(ValueError, match=r"float64 instead of float32"):
         write([GgufTensor(whole[0].name, "F32", whole[0].shape, lambda: np.zeros(3)), *whole[1:]])
     assert not list(tmp_path.iterdir())
 
@@ -171,6 +176,8 @@ def test_the_command(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFix
     assert "config.json" in error
     with pytest.raises(InputError, match=r"type 'Q4_0' is none of F32, F16, BF16, auto"):
         convert(tiny_llama, tmp_path / "c.gguf", "Q4_0")
+    with pytest.raises(InputError, match=r"a\.gguf is no directory"):
+        convert(open_checkpoint(str(tmp_path / "a.gguf")), tmp_path / "c.gguf")
 
 
 @pytest.mark.slow
@@ -187,7 +194,7 @@ def test_memory_stays_below_a_gibibyte(tmp_path: Path, tiny_tokenizer: PreTraine
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
     total = sum(shape.numel() for shape in shapes.values()) * 2
     assert total > 1.9e9
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(4):
         part = list(shapes)[number::4]
         values = {name: torch.full(shapes[name], 0.01, dtype=torch.bfloat16) for name in part}

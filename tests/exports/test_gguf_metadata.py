@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 
-from exports.gguf_config import complete_config
+from exports.gguf_config import complete_config, warn_of_differences
 from exports.gguf_metadata import add_model_metadata, add_values
 from exports.gguf_names import rope_tensors
 from quantize.errors import InputError
@@ -26,7 +26,7 @@ LLAMA2 = {
     "rms_norm_eps": 1e-05,
     "hidden_act": "silu",
 }
-LLAMA31 = {
+LLAMA31: dict[str, Any] = {
     **LLAMA2,
     "vocab_size": 128256,
     "intermediate_size": 14336,
@@ -58,7 +58,7 @@ GEMMA2 = {
     "final_logit_softcapping": 30.0,
     "sliding_window": 4096,
 }
-GEMMA3 = {
+GEMMA3: dict[str, Any] = {
     "model_type": "gemma3",
     "text_config": {
         "model_type": "gemma3_text",
@@ -69,7 +69,7 @@ GEMMA3 = {
         "sliding_window": 1024,
     },
 }
-PHI3 = {
+PHI3: dict[str, Any] = {
     "model_type": "phi3",
     "hidden_size": 3072,
     "intermediate_size": 8192,
@@ -227,6 +227,8 @@ def test_gpt2() -> None:
         ({**GEMMA2, "query_pre_attn_scalar": 144}, r"query_pre_attn_scalar=144.*only with 256 \(with 26 layers\)"),
         ({**GEMMA3["text_config"], "attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0.*only with null"),
         ({**GEMMA3["text_config"], "use_bidirectional_attention": True}, r"use_bidirectional_attention=True"),
+        ({**GEMMA2, "tie_word_embeddings": False}, r"tie_word_embeddings=False.*only with true"),
+        ({**PHI2, "tie_word_embeddings": True}, r"tie_word_embeddings=True.*only with false"),
         ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, r"scale_attn_by_inverse_layer_idx=True.*only with false"),
     ],
 )
@@ -245,29 +247,30 @@ def test_missing_longrope_factors_are_refused() -> None:
 def test_windows_that_llama_cpp_ignores_are_told(caplog: pytest.LogCaptureFixture) -> None:
     window = {"sliding_window": 1024}
     with caplog.at_level(logging.WARNING):
-        complete_config({**LLAMA2, "model_type": "mistral", "sliding_window": None})
-        complete_config({**QWEN3, **window, "use_sliding_window": False})
-        complete_config({**GEMMA2, **window})
+        warn_of_differences(complete_config({**LLAMA2, "model_type": "mistral", "sliding_window": None}))
+        warn_of_differences(complete_config({**QWEN3, **window, "use_sliding_window": False}))
+        warn_of_differences(complete_config({**GEMMA2, **window}))
     assert "sliding_window" not in caplog.text
     with caplog.at_level(logging.WARNING):
-        complete_config({**LLAMA2, "model_type": "mistral", **window})
+        warn_of_differences(complete_config({**LLAMA2, "model_type": "mistral", **window}))
     assert "sliding_window=1024: llama.cpp attends to the whole context" in caplog.text
 
 
 def test_the_given_configuration_is_left_alone() -> None:
-    config = {**PHI3, "rope_scaling": dict(PHI3["rope_scaling"])}  # type: ignore[call-overload]
+    config = {**PHI3, "rope_scaling": dict(PHI3["rope_scaling"])}
     complete_config(config)
     assert config == PHI3
 
 
 def test_extra_keys() -> None:
     writer = gguf.GGUFWriter(None, "llama")
-    values = {"a": True, "b": 4_000_000_000, "c": -1, "d": 0.5, "e": "", "f": [1, 2], "g": ["x"]}
+    values: dict[str, Any] = {"a": True, "b": 4_000_000_000, "c": -1, "d": 0.5, "e": "", "f": [1, 2], "g": ["x"]}
     add_values(writer, values)
     found = writer.kv_data[0]
     assert {key: found[key].value for key in values} == values
     kinds = {key: found[key].type.name for key in values}
     assert kinds == {"a": "BOOL", "b": "UINT32", "c": "INT32", "d": "FLOAT32", "e": "STRING", "f": "ARRAY", "g": "ARRAY"}
-    for wrong in (2**32, [], None):
+    wrongs: tuple[Any, ...] = (2**32, [], None)
+    for wrong in wrongs:
         with pytest.raises(InputError, match=r"metadata k="):
-            add_values(writer, {"k": wrong})  # type: ignore[dict-item]
+            add_values(writer, {"k": wrong})

@@ -14,7 +14,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from eval.consumers.llamacpp_server import generate
 from eval.llamacpp_tools import find_tool
@@ -86,8 +86,12 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         **SIZES, **GEMMA, query_pre_attn_scalar=32, sliding_window=16, layer_types=["full_attention", "sliding_attention"]
     ),
     "phi3": lambda: transformers.Phi3Config(**SIZES),
+    # The frequencies for short and for long texts: a continuation of 40 tokens is beyond 32, and far within 512.
     "phi3-longrope": lambda: transformers.Phi3Config(
-        **SIZES, original_max_position_embeddings=64, rope_parameters=dict(LONGROPE)
+        **SIZES, original_max_position_embeddings=32, rope_parameters=dict(LONGROPE)
+    ),
+    "phi3-longrope-short": lambda: transformers.Phi3Config(
+        **{**SIZES, "max_position_embeddings": 2048}, original_max_position_embeddings=512, rope_parameters=dict(LONGROPE)
     ),
     "phi": lambda: transformers.PhiConfig(**{**SIZES, "num_key_value_heads": HEADS}),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
@@ -147,9 +151,12 @@ NAMES = {
         "transformer.h.{}.mlp.c_proj": "blk.{}.ffn_down",
     },
 }
-COMPUTED = {"llama3": {"rope_freqs.weight"}, "phi3-longrope": {"rope_factors_long.weight", "rope_factors_short.weight"}}
-# transformers reads these architectures from GGUF, and of RoPE's scalings none but the theta.
-READ_BY_TRANSFORMERS = ("llama", "llama-tied-biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
+LONG_AND_SHORT = {"rope_factors_long.weight", "rope_factors_short.weight"}
+COMPUTED = {"llama3": {"rope_freqs.weight"}, "phi3-longrope": LONG_AND_SHORT, "phi3-longrope-short": LONG_AND_SHORT}
+# transformers reads these architectures from GGUF. For some it takes its own defaults instead of the file's keys (head widths,
+# biases, attention scales, positions): they are given the configuration, and only the tensors come from the file.
+READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "phi3")
+READ_BUT_FOR_KEYS = ("llama-tied-biased", "qwen3", "gemma2", "gemma3", "gpt2")
 
 Family = tuple[str, Path, Path]
 
@@ -166,7 +173,7 @@ def tiny(
             path = tmp_path_factory.mktemp("gguf") / name
             make_checkpoint(path, CONFIGS[name](), dtype=torch.float32)
             tiny_tokenizer.save_pretrained(path)
-            convert(path, path / "model.gguf", "F32")
+            convert(path, path / "model.gguf", "F32", name="tiny")
             made[name] = path, path / "model.gguf"
         return made[name]
 
@@ -210,14 +217,15 @@ def test_every_tensor_is_in_its_place(tiny: Callable[[str], tuple[Path, Path]], 
     assert named == set(found)
 
 
-@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS + READ_BUT_FOR_KEYS)
 def test_transformers_computes_the_same(tiny: Callable[[str], tuple[Path, Path]], name: str) -> None:
     path, file = tiny(name)
-    if name == "llama-tied-biased":
-        pytest.xfail("transformers' reader of llama files knows no biases")
+    read: dict[str, Any] = {"gguf_file": file.name}
+    if name in READ_BUT_FOR_KEYS:
+        read["config"] = AutoConfig.from_pretrained(path)
     ids = torch.arange(2, 50)[None] * 5 % 300
     logits = []
-    for options in ({}, {"gguf_file": file.name}):
+    for options in ({}, read):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
         with torch.no_grad():
             logits.append(model(ids).logits)
@@ -297,6 +305,8 @@ def test_what_is_not_stored_and_what_is_unknown() -> None:
     assert gpt2.name("h.1.attn.c_attn.bias") == "blk.1.attn_qkv.bias"
     with pytest.raises(InputError, match=r"tensor model\.layers\.9\.self_attn\.q_proj\.weight has no place"):
         llama.name("model.layers.9.self_attn.q_proj.weight")
+    with pytest.raises(InputError, match=r"o_proj\.bias has no place in llama\.cpp's qwen2 architecture"):
+        TensorMap(CONFIGS["qwen2"]().to_dict()).name("model.layers.0.self_attn.o_proj.bias")
     gemma = TensorMap({"model_type": "gemma3", "text_config": CONFIGS["gemma3"]().to_dict()})
     assert gemma.architecture == "gemma3"
     assert gemma.name("model.vision_tower.encoder.weight") is None
