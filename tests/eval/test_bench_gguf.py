@@ -155,6 +155,8 @@ def test_each_method_asks_llama_quantize_for_its_own(setting: Setting, monkeypat
 
     def fake_imatrix(model: Path, text: Path, target: Path, *, context: int, chunks: int, limit: float) -> float:
         assert (model, text, context, chunks) == (setting.base, setting.calibration_text, 32, 4)
+        assert not target.exists()  # made once
+        target.write_text("imatrix")
         return 30.0
 
     monkeypatch.setattr(llamacpp, "quantize", fake)
