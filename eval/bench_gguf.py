@@ -20,7 +20,7 @@ import torch
 
 from calibration.sources import load_text
 from eval import llamacpp_tools
-from eval.bench_gguf_methods import METHODS, Method, Row, Setting, figures, make, make_base, missing, run_directory
+from eval.bench_gguf_methods import IMATRICES, METHODS, Method, Row, Setting, figures, make, make_base, missing, run_directory
 from eval.bench_gguf_table import notes, render_markdown, render_table
 from eval.bench_gptq import shown_command
 from eval.bench_methods import Bench
@@ -93,6 +93,9 @@ def prepare(setting: Setting, fresh: bool) -> str:
     """
     for name in ("llama-quantize", "llama-perplexity", "llama-imatrix", "llama-bench"):
         llamacpp_tools.tool(name)
+    if fresh:
+        for maker in IMATRICES:
+            setting.imatrix_record(maker).unlink(missing_ok=True)
     source, path = ("builtin", None) if setting.calibration is None else ("text", str(setting.calibration))
     write_text(setting.calibration_text, load_text(source, "train", path=path).text)
     checkpoint = open_checkpoint(str(setting.model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -15,11 +14,13 @@ import gguf
 from eval.bench_methods import ARTIFACT_STAGES, environment
 from eval.bench_process import PROJECT, quantize_command, run_limited
 from eval.consumers import llamacpp
+from eval.llamacpp_tools import VERSION
 from quantize.errors import InputError, one_line
-from quantize.files import read_json
+from quantize.files import read_json, sha256_file, sha256_json, write_json
 
 Row = dict[str, Any]
 IMATRICES = ("llama.cpp", "ours")
+_COLLECTOR = ("calibration/imatrix.py", "exports/imatrix.py")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Setting:
         """The unquantized model's perplexity."""
         return self.work / "base-figures.json"
 
+    def imatrix_record(self, maker: str) -> Path:
+        """Under which settings an importance matrix was made, and what it cost."""
+        return self.work / f"imatrix-{maker}.json"
+
     def overrides(self) -> list[str]:
         """A recipe's settings for the model and the calibration windows."""
         source = ["calibration=builtin"]
@@ -147,24 +152,29 @@ def make(method: Method, setting: Setting) -> tuple[Path, float]:
     return target, seconds
 
 
-@functools.cache
 def importance_matrix(maker: str, setting: Setting) -> tuple[Path, float]:
-    """Collect an importance matrix on the calibration text; returns it and the seconds it took, which is once in a process."""
-    target = setting.work / f"imatrix-{maker}.gguf"
+    """An importance matrix of the calibration text, kept for all rows and later runs, and the seconds that it took.
+
+    Raises:
+        InputError: a program fails or is stopped.
+    """
+    target, record = setting.work / f"imatrix-{maker}.gguf", setting.imatrix_record(maker)
+    inputs = [setting.base, setting.calibration_text, *(PROJECT / name for name in _COLLECTOR)]
+    key = sha256_json([VERSION, setting.num_samples, setting.seq_len, *map(sha256_file, inputs)])
+    if record.exists() and target.exists() and (kept := read_json(record))["key"] == key:
+        return target, float(kept["seconds"])
+    record.unlink(missing_ok=True)
+    sizes = {"context": setting.seq_len, "chunks": setting.num_samples, "limit": setting.limit}
     if maker == "llama.cpp":
-        seconds = llamacpp.importance_matrix(
-            setting.base,
-            setting.calibration_text,
-            target,
-            context=setting.seq_len,
-            chunks=setting.num_samples,
-            limit=setting.limit,
+        seconds = llamacpp.importance_matrix(setting.base, setting.calibration_text, target, **sizes)
+    else:
+        text = "builtin" if setting.calibration is None else str(setting.calibration)
+        options = ["--chunks", str(setting.num_samples), "--seq-len", str(setting.seq_len), "--device", "cpu"]
+        seconds = _python(
+            ["calibration.imatrix", str(setting.model), str(target), "--text", text, *options], record.stem, setting
         )
-        return target, seconds
-    text = "builtin" if setting.calibration is None else str(setting.calibration)
-    sizes = ["--chunks", str(setting.num_samples), "--seq-len", str(setting.seq_len)]
-    arguments = ["calibration.imatrix", str(setting.model), str(target), "--text", text, *sizes, "--device", "cpu"]
-    return target, _python(arguments, "imatrix-ours", setting)
+    write_json(record, {"key": key, "seconds": seconds})
+    return target, seconds
 
 
 def _run_recipe(method: Method, setting: Setting) -> tuple[Path, float]:

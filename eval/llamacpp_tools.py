@@ -139,8 +139,9 @@ def _unpacked(work: Path) -> Path:
         archive = fetch(cache_directory() / "sdists")
         with atomic_directory(tree) as folder, tarfile.open(archive) as members:
             for member in members:
-                if member.name.startswith(f"{SOURCE}/"):
-                    member.name = member.name.removeprefix(f"{SOURCE}/")
+                name = member.name.removeprefix(f"{SOURCE}/")
+                if name not in (member.name, ".git"):  # which points to a repository that is not there
+                    member.name = name
                     members.extract(member, folder, filter="data")
     return tree
 

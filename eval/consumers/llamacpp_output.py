@@ -152,8 +152,13 @@ def parse_bench(output: str) -> Speed:
         rows: list[dict[str, Any]] = json.loads(output)
         prompt = next(row for row in rows if row["n_prompt"] and not row["n_gen"])
         generation = next(row for row in rows if row["n_gen"] and not row["n_prompt"])
-        rates = [float(row[key]) for row in (prompt, generation) for key in ("avg_ts", "stddev_ts")]
-        return Speed(*rates, threads=int(generation["n_threads"]))
+        return Speed(
+            prompt=float(prompt["avg_ts"]),
+            prompt_deviation=float(prompt["stddev_ts"]),
+            generation=float(generation["avg_ts"]),
+            generation_deviation=float(generation["stddev_ts"]),
+            threads=int(generation["n_threads"]),
+        )
     except (json.JSONDecodeError, KeyError, TypeError, StopIteration) as error:
         raise failed("llama-bench", "gave no measurements", output) from error
 

@@ -155,6 +155,8 @@ def test_each_method_asks_llama_quantize_for_its_own(setting: Setting, monkeypat
 
     def fake_imatrix(model: Path, text: Path, target: Path, *, context: int, chunks: int, limit: float) -> float:
         assert (model, text, context, chunks) == (setting.base, setting.calibration_text, 32, 4)
+        assert not target.exists()  # made once
+        target.write_text("imatrix")
         return 30.0
 
     monkeypatch.setattr(llamacpp, "quantize", fake)
@@ -199,7 +201,7 @@ def test_nothing_is_evaluated_on_what_was_calibrated_on(tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("x")
     assert evaluation_text(str(text), other) == text.read_text()
-    assert "Paragraph" not in evaluation_text("builtin", None)
+    assert "Paragraph 1 of many" not in evaluation_text("builtin", None)
     other.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="is not UTF-8"):
         evaluation_text(str(other), None)

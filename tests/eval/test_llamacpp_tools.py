@@ -55,7 +55,12 @@ class Programs:
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for name, data in ((f"{SOURCE}/CMakeLists.txt", b"project(llama)"), (f"{SOURCE}x/other", b""), ("top/setup.py", b"")):
+        for name, data in (
+            (f"{SOURCE}/CMakeLists.txt", b"project(llama)"),
+            (f"{SOURCE}/.git", b"gitdir"),
+            (f"{SOURCE}x/other", b""),
+            ("top/setup.py", b""),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
