@@ -299,7 +299,7 @@ def check(result: dict[str, Any], mutants: int) -> None:
     assert sum(result["outcomes"].values()) == mutants
     # Both happen, or the mutator is too tame or too wild to show anything.
     assert min(result["outcomes"]["read"], result["outcomes"]["refused"]) > mutants // 50
-    assert result["slowest"] < 5
+    assert result["slowest"] < 10
 
 
 @pytest.mark.parametrize("what", ["values", "tensors"])
@@ -308,7 +308,7 @@ def test_mutants(tmp_path: Path, what: str) -> None:
 
 
 def test_mutants_as_checkpoints(tmp_path: Path) -> None:
-    check(fuzz("model", tmp_path, 0, 60, 512 << 20), 60)
+    check(fuzz("model", tmp_path, 0, 150, 512 << 20), 150)
 
 
 @pytest.mark.slow
