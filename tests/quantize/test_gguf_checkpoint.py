@@ -282,6 +282,7 @@ def unsound(tmp_path: Path, source: Checkpoint, tokenizer: PreTrainedTokenizerFa
     ("key", "value", "message"),
     [
         ("llama.block_count", 2**31 - 1, ": llama.block_count is 2147483647; it must be a whole number from 0 to 512"),
+        ("llama.block_count", 100, " lacks 864 tensors of its architecture, first model.layers.10.input_layernorm.weight"),
         ("llama.block_count", -1, ": llama.block_count is -1; it must be a whole number from 0 to 512"),
         ("llama.block_count", "4\x1b[2J" * 1000, ": llama.block_count is '4\\x1b[2J4"),
         ("llama.expert_count", 2**30, ": llama.expert_count is 1073741824; it must be a whole number from 0 to 1024"),

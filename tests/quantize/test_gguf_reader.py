@@ -134,6 +134,37 @@ def test_tensors_are_gguf_pys(every_kind: Path) -> None:
         reader.data("nothing")
 
 
+@given(
+    tensors=st.lists(
+        st.tuples(st.sampled_from([kind for kind in Kind if kind is not Kind.Q8_1]), st.lists(st.integers(1, 3), max_size=3)),
+        max_size=6,
+    ),
+    alignment=st.sampled_from([8, 32, 256]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_tensors_are_gguf_pys(
+    tmp_path_factory: pytest.TempPathFactory, tensors: list[tuple[Kind, list[int]]], alignment: int, seed: int
+) -> None:
+    file = tmp_path_factory.mktemp("gguf") / "made.gguf"
+    generator = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_custom_alignment(alignment)
+    for i, (kind, rows) in enumerate(tensors):
+        raw = generator.integers(0, 256, (*rows, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        writer.add_tensor(f"{i}", raw, raw_dtype=kind)
+    finish(writer)
+    reader = GgufReader(file)
+    assert reader.alignment == alignment
+    expected = gguf.GGUFReader(file).tensors
+    found = list(reader.tensors.values())
+    assert [(t.name, t.kind, t.offset, t.nbytes) for t in found] == [
+        (t.name, t.tensor_type.name, t.data_offset, t.n_bytes) for t in expected
+    ]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == tuple(reversed(theirs.shape.tolist()))
+        assert reader.data(ours.name).tobytes() == theirs.data.tobytes()
+
+
 def test_block_sizes_are_gguf_pys() -> None:
     ours = {name: (block, size) for name, block, size in TENSOR_KINDS.values()}
     for kind, sizes in gguf.GGML_QUANT_SIZES.items():
