@@ -109,8 +109,14 @@ def prepare(setting: Setting, fresh: bool) -> str:
     key = sha256_json([base, sha256_file(setting.text), setting.context, setting.chunks, llamacpp_tools.VERSION])
     if _stale(setting.base_logits, key, fresh):
         log.info("%s ...", setting.base_logits.name)
-        sizes = {"context": setting.context, "chunks": setting.chunks}
-        found = llamacpp.save_logits(setting.base, setting.text, setting.base_logits, **sizes, limit=setting.limit)
+        found = llamacpp.save_logits(
+            setting.base,
+            setting.text,
+            setting.base_logits,
+            context=setting.context,
+            chunks=setting.chunks,
+            limit=setting.limit,
+        )
         write_json(setting.base_figures, {"ppl": found.ppl, "ppl_error": found.error, "tokens": found.tokens})
         write_text(_key_file(setting.base_logits), key)
     return base

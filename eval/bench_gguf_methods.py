@@ -164,9 +164,15 @@ def importance_matrix(maker: str, setting: Setting) -> tuple[Path, float]:
     if record.exists() and target.exists() and (kept := read_json(record))["key"] == key:
         return target, float(kept["seconds"])
     record.unlink(missing_ok=True)
-    sizes = {"context": setting.seq_len, "chunks": setting.num_samples, "limit": setting.limit}
     if maker == "llama.cpp":
-        seconds = llamacpp.importance_matrix(setting.base, setting.calibration_text, target, **sizes)
+        seconds = llamacpp.importance_matrix(
+            setting.base,
+            setting.calibration_text,
+            target,
+            context=setting.seq_len,
+            chunks=setting.num_samples,
+            limit=setting.limit,
+        )
     else:
         text = "builtin" if setting.calibration is None else str(setting.calibration)
         options = ["--chunks", str(setting.num_samples), "--seq-len", str(setting.seq_len), "--device", "cpu"]

@@ -12,11 +12,14 @@ not overlap, of which the tokens behind the middle count; BOS takes the place of
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 import struct
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from eval.consumers.llamacpp_output import (
     Divergence,
@@ -35,6 +38,9 @@ from quantize.files import atomic_path
 LIMIT = 3600.0  # seconds a program may take
 _BATCH = 2048  # llama.cpp's default number of tokens in a batch
 _LOGITS_MAGIC = b"_logits_"
+_ATTEMPTS = 3
+_ERROR_LINE = re.compile(r"^[\d.]+ E ", re.MULTILINE)  # of llama.cpp's log
+Answer = TypeVar("Answer")
 
 
 def perplexity(
@@ -59,9 +65,7 @@ def perplexity(
     command = ["-m", str(model), "-f", str(text), "-c", str(context), "-b", str(batch_of(context)), "--chunks", str(chunks)]
     with contextlib.nullcontext() if logits is None else atomic_path(logits) as temporary:
         saving = [] if temporary is None else ["--save-all-logits", str(temporary)]
-        output, seconds = run("llama-perplexity", [*command, *saving], limit)
-        _check_windows("llama-perplexity", output, text, chunks)
-        return parse_perplexity(output, seconds)
+        return _answer([*command, *saving], limit, parse_perplexity, functools.partial(_check_windows, text, chunks))
 
 
 def save_logits(
@@ -80,10 +84,12 @@ def kl_divergence(model: Path, logits: Path, *, limit: float = LIMIT) -> Diverge
     _check_file(model, "model")
     context = context_of(logits)
     command = ["-m", str(model), "--kl-divergence", "--kl-divergence-base", str(logits)]
-    output, seconds = run("llama-perplexity", [*command, "-c", str(context), "-b", str(batch_of(context))], limit)
-    if "inconsistent vocabulary" in output:  # it goes on, and compares the wrong words
-        raise InputError(f"{logits} was made with another vocabulary than {model}'s; make it again with save_logits")
-    return parse_divergence(output, seconds)
+
+    def check(output: str) -> None:
+        if "inconsistent vocabulary" in output:  # it goes on, and compares the wrong words
+            raise InputError(f"{logits} was made with another vocabulary than {model}'s; make it again with save_logits")
+
+    return _answer([*command, "-c", str(context), "-b", str(batch_of(context))], limit, parse_divergence, check)
 
 
 def bench(
@@ -142,7 +148,7 @@ def importance_matrix(
         files = ["-m", str(model), "-f", str(text), "-o", str(temporary), "--output-format", "gguf"]
         sizes = ["-c", str(context), "-b", str(batch_of(context)), "--chunks", str(chunks)]
         output, seconds = run("llama-imatrix", [*files, *sizes, "--no-ppl"], limit)
-        _check_windows("llama-imatrix", output, text, chunks)
+        _check_windows(text, chunks, output)
         if not temporary.exists():
             raise failed("llama-imatrix", "wrote no file", output)
     return seconds
@@ -203,12 +209,32 @@ def _text(output: bytes | None) -> str:
     return (output or b"").decode("utf-8", errors="replace")
 
 
-def _check_windows(name: str, output: str, text: Path, chunks: int) -> None:
+def _answer(
+    arguments: Sequence[str], limit: float, parse: Callable[[str, float], Answer], check: Callable[[str], None]
+) -> Answer:
+    """What ``llama-perplexity`` says, asked again where its last words were lost.
+
+    It prints from a thread that ends with the process, so a busy machine loses lines behind the last that was printed
+    (https://github.com/ggml-org/llama.cpp/issues/22142).
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        output, seconds = run("llama-perplexity", arguments, limit)
+        check(output)
+        try:
+            return parse(output, seconds)
+        except InputError:
+            if attempt == _ATTEMPTS or _ERROR_LINE.search(output):
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _check_windows(text: Path, chunks: int, output: str) -> None:
     """A text that is too short is cut down without a word, and below two windows given up."""
     windows = parse_windows(output)
     found = 0 if windows is None else windows[0]
     if "you need at least" in output or 0 < found < chunks:
-        raise failed(name, f"found only {found} of {chunks} windows in {text}: use fewer chunks or a longer text", output)
+        what = f"found only {found} of {chunks} windows in {text}: use fewer chunks or a longer text"
+        raise failed("llama.cpp", what, output)
 
 
 def _check_file(path: Path, what: str) -> None:

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from calibration.imatrix import main as collect_imatrix
 from calibration.sources import load_text
 from eval.consumers import llamacpp
-from eval.consumers.llamacpp_output import Perplexity, parse_bench, parse_divergence, parse_perplexity
-from eval.consumers.llamacpp_server import generate, parse_completion
+from eval.consumers.llamacpp_output import Divergence, Perplexity, parse_bench, parse_divergence, parse_perplexity
+from eval.consumers.llamacpp_server import Continuation, generate, parse_completion
 from eval.llamacpp_tools import TOOLS, VARIABLE, find_tool
 from exports.gguf_convert import convert
 from exports.imatrix import read
@@ -32,6 +32,25 @@ from quantize.demo_model import demo_model
 from quantize.errors import InputError
 
 RECORDED = Path(__file__).parent / "recorded"
+PPL, PPL_ERROR = 32.688, 7.36175
+DIVERGENCE = Divergence(
+    mean=0.496137,
+    mean_error=0.033884,
+    median=0.374974,
+    p99=2.197121,
+    maximum=5.619641,
+    same_top=63.889 / 100,
+    ppl=43.154958,
+    ppl_error=9.762251,
+    base_ppl=32.578966,
+    tokens=4 * 63,
+    seconds=12.5,
+)
+CONTINUATION = Continuation(
+    text=" the largest city in France. It is the seat of the",
+    ids=(260, 3995, 2240, 281, 4649, 30, 657, 314, 260, 8952, 282, 260),
+    prompt_tokens=5,
+)
 MakeTool = Callable[[str, str], Path]
 
 with_llamacpp = pytest.mark.skipif(
@@ -74,7 +93,7 @@ def text(tmp_path: Path) -> Path:
 
 def test_perplexity_is_read() -> None:
     found = parse_perplexity(recorded("llama-perplexity.txt"), 12.5)
-    assert found == Perplexity(ppl=PPL, error=PPL_ERROR, chunks=8, tokens=8 * 511, seconds=12.5)
+    assert found == Perplexity(ppl=PPL, error=PPL_ERROR, chunks=4, tokens=4 * 63, seconds=12.5)
 
 
 def test_divergence_is_read() -> None:
@@ -118,17 +137,17 @@ def test_other_json_is_no_measurement(output: str) -> None:
 
 
 def test_a_model_that_diverged_has_no_perplexity() -> None:
-    whole = recorded("llama-perplexity.txt").replace(f"PPL = {PPL}", "PPL = nan")
+    whole = recorded("llama-perplexity.txt").replace(f"PPL = {PPL:.4f}", "PPL = nan")
     with pytest.raises(InputError, match="found a perplexity of nan"):
         parse_perplexity(whole, 0.0)
 
 
 def test_the_programs_get_what_they_need(make_tool: MakeTool, model: Path, text: Path, tmp_path: Path) -> None:
     make_tool("llama-perplexity", f'echo "$@" > "{tmp_path}/seen"; cat "{RECORDED}/llama-perplexity.txt" >&2')
-    found = llamacpp.perplexity(model, text, context=768, chunks=8)
+    found = llamacpp.perplexity(model, text, context=768, chunks=4)
     assert found.ppl == PPL and found.seconds > 0
     # Windows of 768 tokens fill a batch of 1,536; with the default of 2,048 the program aborts.
-    assert (tmp_path / "seen").read_text().split() == f"-m {model} -f {text} -c 768 -b 1536 --chunks 8".split()
+    assert (tmp_path / "seen").read_text().split() == f"-m {model} -f {text} -c 768 -b 1536 --chunks 4".split()
 
 
 @given(context=st.integers(1, 5000))
@@ -140,11 +159,11 @@ def test_a_batch_is_whole_windows(context: int) -> None:
 def test_logits_are_whole_or_absent(make_tool: MakeTool, model: Path, text: Path, tmp_path: Path) -> None:
     script = 'for last; do :; done; printf "_logits_" > "$last"; printf "\\000\\002\\000\\000" >> "$last"; '
     make_tool("llama-perplexity", script + f'cat "{RECORDED}/llama-perplexity.txt"')
-    llamacpp.save_logits(model, text, tmp_path / "base.logits", chunks=8)
+    llamacpp.save_logits(model, text, tmp_path / "base.logits", chunks=4)
     assert llamacpp.context_of(tmp_path / "base.logits") == 512
     make_tool("llama-perplexity", script + "echo out of memory; exit 1")
     with pytest.raises(InputError, match=r"failed \(exit code 1\); its last lines: out of memory"):
-        llamacpp.save_logits(model, text, tmp_path / "other.logits", chunks=8)
+        llamacpp.save_logits(model, text, tmp_path / "other.logits", chunks=4)
     assert not list(tmp_path.glob("*other.logits*"))
 
 
@@ -160,6 +179,23 @@ def test_the_context_is_the_logits_own(make_tool: MakeTool, model: Path, tmp_pat
     logits.write_bytes(b"_logits_")
     with pytest.raises(InputError, match="holds no log-probabilities"):
         llamacpp.kl_divergence(model, logits)
+
+
+def test_lost_last_words_are_asked_for_again(make_tool: MakeTool, model: Path, text: Path, tmp_path: Path) -> None:
+    count = f'echo x >> "{tmp_path}/runs"; '
+    whole = RECORDED / "llama-perplexity.txt"
+    make_tool("llama-perplexity", count + f'[ $(wc -l < "{tmp_path}/runs") -lt 3 ] && exec head -n 3 "{whole}"; cat "{whole}"')
+    assert llamacpp.perplexity(model, text, chunks=4).ppl == PPL
+    assert (tmp_path / "runs").read_text().split() == ["x"] * 3
+    make_tool("llama-perplexity", count + f'head -n 3 "{whole}"')
+    with pytest.raises(InputError, match="gave no perplexity"):
+        llamacpp.perplexity(model, text, chunks=4)
+    assert len((tmp_path / "runs").read_text().split()) == 6
+    # What was said to be an error is one.
+    make_tool("llama-perplexity", count + "echo '0.01.234.567 E failed to decode'")
+    with pytest.raises(InputError, match="failed to decode"):
+        llamacpp.perplexity(model, text, chunks=4)
+    assert len((tmp_path / "runs").read_text().split()) == 7
 
 
 def test_failures_are_named_with_the_last_lines(make_tool: MakeTool, model: Path, text: Path, tmp_path: Path) -> None:
@@ -179,8 +215,8 @@ def test_failures_are_named_with_the_last_lines(make_tool: MakeTool, model: Path
     with pytest.raises(InputError, match="use fewer chunks or a longer text"):
         llamacpp.importance_matrix(model, text, tmp_path / "i.gguf")
     make_tool("llama-perplexity", f'cat "{RECORDED}/llama-perplexity.txt"')
-    with pytest.raises(InputError, match="found only 8 of 9 windows"):
-        llamacpp.perplexity(model, text, chunks=9)
+    with pytest.raises(InputError, match="found only 4 of 5 windows"):
+        llamacpp.perplexity(model, text, chunks=5)
 
 
 def test_what_is_missing_is_named(make_tool: MakeTool, model: Path, text: Path, tmp_path: Path) -> None:
@@ -267,14 +303,14 @@ def test_llama_cpps_perplexity_is_transformers(
     tiny_gguf: Path, tiny_llama: Path, tiny_tokenizer: PreTrainedTokenizerFast, text: Path, tmp_path: Path
 ) -> None:
     found = llamacpp.save_logits(tiny_gguf, text, tmp_path / "base.logits", context=128, chunks=4)
-    expected = own_nll(tiny_llama, tiny_tokenizer(text.read_text())["input_ids"], 128, 4)
+    expected = own_nll(tiny_llama, tiny_tokenizer(text.read_text(), verbose=False)["input_ids"], 128, 4)
     assert found.tokens == 4 * 63
     assert math.log(found.ppl) == pytest.approx(expected, abs=2e-3)
     same = llamacpp.kl_divergence(tiny_gguf, tmp_path / "base.logits")
     assert same.same_top > 0.97 and abs(same.mean) < 1e-3 and same.ppl == pytest.approx(found.ppl, rel=1e-3)
     llamacpp.quantize(tiny_gguf, tmp_path / "q.gguf", "Q4_0", pure=True)
     coarse = llamacpp.kl_divergence(tmp_path / "q.gguf", tmp_path / "base.logits")
-    assert coarse.mean > 10 * abs(same.mean) and coarse.maximum >= coarse.p99 >= coarse.median
+    assert coarse.mean > 5 * abs(same.mean) and coarse.maximum >= coarse.p99 >= coarse.median
     speed = llamacpp.bench(tmp_path / "q.gguf", prompt_tokens=16, generated_tokens=4, repetitions=1)
     assert speed.prompt > 0 and speed.generation > 0 and speed.threads >= 1
 
@@ -301,7 +337,7 @@ def test_real_failures_are_errors(incomplete_gguf: Path, tiny_gguf: Path, text: 
     text.write_text("too short")
     with pytest.raises(InputError, match="use fewer chunks or a longer text"):
         llamacpp.perplexity(tiny_gguf, text, context=128, chunks=2)
-    with pytest.raises(InputError, match="use fewer chunks or a longer text"):
+    with pytest.raises(InputError, match="you need at least 256 tokens"):
         llamacpp.importance_matrix(tiny_gguf, text, tmp_path / "i.gguf", context=128, chunks=2)
 
 
