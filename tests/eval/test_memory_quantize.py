@@ -83,14 +83,17 @@ def test_the_plan_holds(checkpoint: Path, tmp_path: Path, arguments: list[str]) 
     assert peak <= plan.peak_bytes <= MOST * peak
 
 
-@pytest.mark.parametrize(("activations", "largest"), [("memory", f"{SOLVING} down_proj"), ("disk", TUNING)])
+@pytest.mark.parametrize(
+    ("activations", "quality", "largest"),
+    [("memory", "balanced", f"{SOLVING} down_proj"), ("disk", "best", TUNING)],
+)
 def test_the_plan_holds_where_activations_are_the_most(
-    checkpoint: Path, tmp_path: Path, activations: str, largest: str
+    checkpoint: Path, tmp_path: Path, activations: str, quality: str, largest: str
 ) -> None:
     config = recipe(
         checkpoint,
         "recipe=gptq",
-        "quality=best",
+        f"quality={quality}",
         "calibration.seq_len=512",
         "calibration.num_samples=4",
         "calibration.batch_tokens=1024",
