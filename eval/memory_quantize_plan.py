@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,18 +24,19 @@ from eval.memory_quantize_stand_ins import PaperCheckpoint, PaperFiles, PaperHid
 from eval.memory_quantize_trace import LazyBlockDone, Ledger, OnPaper, Phase
 from quantize import quantizer
 from quantize.blocks import DecoderWalk
-from quantize.config import RunConfig
+from quantize.config import RunConfig, VariantConfig
 from quantize.devices import resolve_compute_dtype
 from quantize.errors import InputError, one_line
 from quantize.files import write_tensors
 from quantize.grids import Grid
 from quantize.run import Run, needs_calibration
-from quantize.solvers import SOLVERS, gptq
+from quantize.solvers import SOLVERS, awq, gptq
 from quantize.solvers.base import SolverOptions
 from quantize.stages import selected_layers
 
 # What torch sets aside for cuBLAS on a Hopper GPU; 8 MiB on earlier ones.
 CUDA_WORKSPACE = 32 * 2**20
+_BATCHES = 20  # more than any choice of scales looks at
 _SEARCH_STEPS = 2  # of a search: the second has all that any later one has
 
 
@@ -143,7 +145,8 @@ def _carry_out(run: Run, name: str, ledger: Ledger, blocks: list[int]) -> tuple[
         for index in chosen:
             plain(index)
         return 0, files.largest
-    windows = torch.zeros(calibration.num_samples, calibration.seq_len, dtype=torch.int64)
+    samples = _samples(run.config, variant)
+    windows = torch.zeros(samples, calibration.seq_len, dtype=torch.int64)
     write_tensors(run.work("calibration", "windows.safetensors"), {"windows": windows})
     steps = quantizer._CalibratedSteps(run, variant, files, 0)
     steps.options = steps.solver.options = _shortened(steps.options)
@@ -152,7 +155,17 @@ def _carry_out(run: Run, name: str, ledger: Ledger, blocks: list[int]) -> tuple[
         files.hidden(index).mkdir(parents=True, exist_ok=True)  # of blocks that are left out
         steps(index)
     batches = cast(type[PaperHiddenStates], quantizer.HiddenStates).batch_bytes()
-    return 2 * len(steps.kinds) * sum(batches), max(files.largest, *batches)
+    hidden = sum(batches) * calibration.num_samples // samples
+    return 2 * len(steps.kinds) * hidden, max([files.largest, *batches])
+
+
+def _samples(config: RunConfig, variant: VariantConfig) -> int:
+    """Windows that show what all need: where batches wait on disk and leave nothing behind, those of the first ones."""
+    calibration, solver = config.calibration, variant.solver
+    keeps_rows = solver.smoothquant or solver.input_activations == "static"
+    if calibration.activations == "memory" or keeps_rows:
+        return calibration.num_samples
+    return min(calibration.num_samples, _BATCHES * max(1, calibration.batch_tokens // calibration.seq_len))
 
 
 def _tell_groups_apart(steps: Any, ledger: Ledger) -> None:
@@ -182,23 +195,46 @@ def _representatives(model: Any, dtype: torch.dtype) -> list[int]:
 
 @contextlib.contextmanager
 def _on_paper(ledger: Ledger, device: torch.device) -> Iterator[None]:
-    """While it lasts, the quantizer's files are notes, and GPTQ rounds the first lazy block of columns."""
-    feed_back = gptq.feed_back
-
-    def first_lazy_block(
-        weight: Tensor, factor: Tensor, importance: Tensor, grid: Grid, plan: gptq.ColumnPlan, options: SolverOptions
-    ) -> tuple[Tensor, Tensor, Tensor, float]:
-        with contextlib.suppress(LazyBlockDone):
-            feed_back(weight, factor, importance, grid, plan, options)
-        rows, columns = weight.shape
-        codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-        scales = torch.empty(grid.num_groups(columns), rows, device=weight.device)
-        return codes.t(), scales.t(), torch.empty_like(scales).t(), 0.0
-
-    hidden_states = quantizer.HiddenStates
-    quantizer.HiddenStates, gptq.feed_back = paper_hidden_states(ledger), first_lazy_block  # type: ignore[misc]
+    """While it lasts, the quantizer's files are notes, and of what a solver repeats the first is done."""
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (quantizer, "HiddenStates", paper_hidden_states(ledger)),
+        (gptq, "feed_back", functools.partial(_first_lazy_block, gptq.feed_back)),
+        (awq, "clipped_params", functools.partial(_first_slice, awq.clipped_params, set())),
+    ]
+    originals = [getattr(module, name) for module, name, _ in stand_ins]
+    for module, name, stand_in in stand_ins:
+        setattr(module, name, stand_in)
     try:
         with OnPaper(ledger, device.type == "cpu"), ledger:
             yield
     finally:
-        quantizer.HiddenStates, gptq.feed_back = hidden_states, feed_back  # type: ignore[misc]
+        for (module, name, _), original in zip(stand_ins, originals, strict=True):
+            setattr(module, name, original)
+
+
+def _first_lazy_block(
+    feed_back: Callable[..., Any],
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    grid: Grid,
+    plan: gptq.ColumnPlan,
+    options: SolverOptions,
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """GPTQ's loop over columns up to the end of its first lazy block, and what it would give."""
+    with contextlib.suppress(LazyBlockDone):
+        feed_back(weight, factor, importance, grid, plan, options)
+    rows, columns = weight.shape
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(grid.num_groups(columns), rows, device=weight.device)
+    return codes.t(), scales.t(), torch.empty_like(scales).t(), 0.0
+
+
+def _first_slice(
+    clipped_params: Callable[..., Any], seen: set[torch.Size], groups: Tensor, blocks: Tensor, grid: Grid, steps: int
+) -> tuple[Tensor, Tensor]:
+    """AWQ's search for the ranges of a slice of rows, carried out for the first of each shape."""
+    if groups.shape not in seen:
+        seen.add(groups.shape)
+        clipped_params(groups, blocks, grid, steps)
+    return groups.new_empty(groups.shape[:-1]), groups.new_empty(groups.shape[:-1])

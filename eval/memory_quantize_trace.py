@@ -43,6 +43,7 @@ PHASE_NAMES = {
     "blocks:DecoderWalk._embed": EMBEDDING,
 }
 HIDDEN = "hidden states"
+COPIES = "solver's copies"
 KIND_NAMES = {
     "blocks:DecoderWalk.loaded_block": "block weights",
     "blocks:set_linear_weight": "block weights",
@@ -51,21 +52,22 @@ KIND_NAMES = {
     "scaling:Scaling.weight": "weights in float32",
     "blocks:DecoderWalk._recording": "embeddings",
     "blocks:DecoderWalk.block_arguments": "masks and positions",
+    "grids:QuantizedTensor.dequantize": "dequantized weights",
     "statistics:": "Hessians and statistics",
     "forwards:run_block": "activations",
     "owners:Owner": "activations",
-    "awq:solve": "solver's copies",
-    "awq:clipped_params": "solver's copies",
-    "awq:_Clip": "solver's copies",
-    "awq:hessian_blocks": "solver's copies",
+    "awq:solve": COPIES,
+    "awq:clipped_params": COPIES,
+    "awq:_Clip": COPIES,
+    "awq:hessian_blocks": COPIES,
     "awq:": "candidates",
     "smoothing:": "candidates",
     "folding:fold_norm": "block weights",
     "linear_folding:scale_layers": "block weights",
     "folding:": "candidates",
     "linear_folding:": "candidates",
-    "gptq:": "solver's copies",
-    "rtn:": "solver's copies",
+    "gptq:": COPIES,
+    "rtn:": COPIES,
     "quantizer:_BlockStep._stream": HIDDEN,
     "quantizer:_BlockStep._look": HIDDEN,
     "quantizer:_BlockStep._tune": HIDDEN,
@@ -74,7 +76,7 @@ KIND_NAMES = {
     "blocks:DecoderWalk.head_inputs": HIDDEN,
     "tuning:_Weight": "tuned weights",
     "tuning:": "gradients and optimizer",
-    "group_solver:": "solver's copies",
+    "group_solver:": COPIES,
 }
 OTHER = "other"
 CODES = "codes"
@@ -159,7 +161,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.untyped_storage()._cdata in self._alive:
             return
         phase, kind = _place(sys._getframe(2))
-        self.hold(tensor, CODES if tensor.dtype is torch.uint8 else kind)
+        self.hold(tensor, CODES if kind == COPIES and tensor.dtype is torch.uint8 else kind)
         name = f"{phase} {self.detail}" if phase == SOLVING and self.detail else phase
         if name not in self.phases or self._total > self.phases[name].peak:
             self.phases[name] = Phase(self._total, {kind: size for kind, size in self._by_kind.items() if size})
