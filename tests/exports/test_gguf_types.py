@@ -81,6 +81,7 @@ def finite_scales(data: Bytes, name: str) -> npt.NDArray[np.bool_]:
 @pytest.mark.parametrize("name", [*LEGACY, "BF16"])
 @given(values=weights())
 def test_rounding_is_that_of_gguf_py(name: str, values: Floats) -> None:
+    values = values + np.float32(0)  # gguf-py gives a block of -0 another sign of scale than ggml does
     assert np.array_equal(quantize(values, name), gguf.quantize(values, in_gguf_py(name)))
 
 
@@ -215,6 +216,8 @@ def test_what_cannot_be_stored_is_refused(name: str, change: dict[str, Any], mes
             parts[part] = parts[part] // 2
         else:
             parts[part] = np.full_like(parts[part], by)
+    if "factors" not in change:
+        parts["factors"] = None
     with pytest.raises(ValueError, match=message):
         repack(Blocks(**parts), name)
 
