@@ -176,9 +176,9 @@ def test_block_sizes_are_gguf_pys() -> None:
 def test_every_truncation_is_refused(every_kind: Path, tmp_path: Path) -> None:
     content = every_kind.read_bytes()
     reader = GgufReader(every_kind)
-    last = list(reader.tensors.values())[-1]
+    first, *_, last = reader.tensors.values()
     short = tmp_path / "short.gguf"
-    for kept in range(1, last.offset + last.nbytes, 7):
+    for kept in [*range(1, first.offset, 3), *range(first.offset, last.offset + last.nbytes, 97), -33]:
         short.write_bytes(content[:kept])
         with pytest.raises(InputError, match=r"short\.gguf is not a readable GGUF model"):
             GgufReader(short)
