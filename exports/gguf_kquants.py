@@ -31,22 +31,21 @@ _Mask = npt.NDArray[np.bool_]
 
 
 def search_blocks(values: Floats, kind: GgufType) -> Fields:
-    """Codes, super scales and factors of ``n`` blocks.
+    """Codes, super scales and factors of blocks.
 
     Args:
-        values: float32 ``[n, 256]``.
+        values: float32 ``[group_size, n * groups]``, a group in each column, those of a block beside each other.
         kind: Q4_K, Q5_K or Q6_K.
 
     Returns:
-        Codes, float16 supers and integer factors.
+        Codes, float16 supers and integer factors of ``n`` blocks.
 
     Raises:
         ValueError: a value is infinite or not a number, or a scale does not fit in float16.
     """
-    groups = np.ascontiguousarray(values.reshape(-1, kind.group_size).T)
     # Groups of one value and the like divide by zero; ggml's results for them come out of the same bit arithmetic.
     with np.errstate(all="ignore"):
-        return _search_symmetric(groups, kind) if kind.supers == 1 else _search_affine(groups, kind)
+        return _search_symmetric(values) if kind.supers == 1 else _search_affine(values, kind)
 
 
 def _nearest(values: Floats) -> npt.NDArray[np.int32]:
@@ -132,55 +131,51 @@ class _Affine:
 
 def _search_affine(x: Floats, kind: GgufType) -> Fields:
     found = _Affine(x, kind)
-    scales, minima = found.scale.reshape(-1, 8), -found.low.reshape(-1, 8)
-    best_scale, best_minimum = (np.maximum(part.max(axis=1), np.float32(0)) for part in (scales, minima))
-    supers = stored(best_scale / np.float32(63), best_minimum / np.float32(63))
-    factors = np.stack([_six_bits(scales, best_scale), _six_bits(minima, best_minimum)], axis=2)
-    scale, minimum = (supers.astype(np.float32)[:, None, :] * factors.astype(np.float32)).reshape(-1, 2).T
+    numbers = np.stack((found.scale, -found.low)).reshape(2, -1, 8)
+    largest = np.maximum(numbers.max(axis=2), np.float32(0))
+    supers = stored(*(largest / np.float32(63)))
+    inverse = np.where(largest > 0, np.float32(63) / largest, np.float32(0))
+    # Bytes in ggml: a negative scale, which only rounding errors make, wraps around.
+    factors = np.minimum(_nearest(inverse[:, :, None] * numbers) & 0xFF, 63).astype(np.int16)
+    scale, minimum = (supers.astype(np.float32)[:, :, None] * factors.astype(np.float32)).reshape(2, -1)
     codes = np.clip(_nearest((x + minimum) / scale), 0, found.top)
     zero = np.flatnonzero(scale == 0)
     if zero.size:  # the scale was rounded away: ggml leaves the codes of the search
         scaled = (x[:, zero] - found.best_low[zero]) * found.best_step[zero]
         codes[:, zero] = np.clip(_nearest(scaled), 0, found.top)
-    return Fields(_blocks(codes), supers, factors)
+    return Fields(_blocks(codes, 8), supers, factors.transpose(0, 2, 1))
 
 
-def _six_bits(numbers: Floats, largest: Floats) -> npt.NDArray[np.int16]:
-    inverse = np.where(largest > 0, np.float32(63) / largest, np.float32(0))
-    # A byte in ggml: a negative scale, which only rounding errors make, wraps around.
-    bits: npt.NDArray[np.int32] = np.minimum(_nearest(inverse[:, None] * numbers) & 0xFF, 63)
-    return bits.astype(np.int16)
+def _blocks(codes: npt.NDArray[np.int32], groups: int) -> npt.NDArray[np.uint8]:
+    """Codes of groups, one in each column, to those of blocks, one in each column."""
+    apart = codes.astype(np.uint8).reshape(len(codes), -1, groups)
+    return np.ascontiguousarray(apart.transpose(2, 0, 1)).reshape(256, -1)
 
 
-def _blocks(codes: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(codes.astype(np.uint8).T).reshape(-1, 256)
-
-
-def _search_symmetric(x: Floats, kind: GgufType) -> Fields:
+def _search_symmetric(x: Floats) -> Fields:
     scales, best_step = _fit_symmetric(x)
-    per_block = scales.reshape(-1, 16)
-    peak = signed_peak(per_block, per_block.min(axis=1), per_block.max(axis=1))
+    per_block = scales.reshape(-1, 16).T
+    peak = signed_peak(per_block, per_block.min(axis=0), per_block.max(axis=0))
     empty = np.abs(peak) < _NOTHING
     step = np.float32(-128) / peak
     inverse = np.float32(1) / step
     inverse[empty] = 0
     supers = stored(inverse)
-    factors = np.minimum(_nearest(step[:, None] * per_block), 127).astype(np.int8).astype(np.int16)
-    factors[empty] = 0
-    scale = (supers.astype(np.float32) * factors.astype(np.float32)).reshape(-1)
+    factors = np.minimum(_nearest(step * per_block), 127).astype(np.int8).astype(np.int16)
+    factors[:, empty] = 0
+    scale = (supers.astype(np.float32) * factors.astype(np.float32)).T.reshape(-1)
     codes = np.clip(_nearest(x / scale), -32, 31) + 32
     zero = np.flatnonzero(scale == 0)
     if zero.size:
         codes[:, zero] = np.clip(_nearest(x[:, zero] * best_step[zero]), -32, 31) + 32
         codes[:, np.abs(x).max(axis=0) < _NOTHING] = 0
     codes[:, np.repeat(empty, 16)] = 0
-    return Fields(_blocks(codes), supers, factors[:, :, None])
+    return Fields(_blocks(codes, 16), supers, factors[None])
 
 
 def _fit_symmetric(x: Floats) -> tuple[Floats, Floats]:
     """Scales of the columns of ``x`` (float32 ``[16, groups]``) and the step sizes they came by, ``make_qx_quants``."""
-    columns = x.T
-    peak = signed_peak(columns, x.min(axis=0), x.max(axis=0))
+    peak = signed_peak(x, x.min(axis=0), x.max(axis=0))
     if not np.isfinite(peak).all():
         raise ValueError("values are not finite")
     nothing: _Mask = np.abs(peak) < _NOTHING

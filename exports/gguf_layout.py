@@ -19,9 +19,9 @@ Halves = npt.NDArray[np.float16]
 Bytes = npt.NDArray[np.uint8]
 Factors = npt.NDArray[np.int16]
 
-_NIBBLE, _FOUR = np.uint8(15), np.uint8(4)
+_NIBBLE, _FOUR, _SIGN = np.uint8(15), np.uint8(4), np.uint8(128)
 # Q6_K's upper two bits: one byte for the same place in four runs of 32 weights.
-_QUARTERS = np.array([0, 2, 4, 6], np.uint8)[:, None]
+_QUARTERS = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ TYPES: dict[str, GgufType] = {
 
 
 class Fields(NamedTuple):
-    """What ``n`` blocks hold.
+    """What ``n`` blocks hold, a block in each column: so that numpy's loops run along blocks, not along 32 weights.
 
-    codes: uint8 ``[n, block_size]``, unsigned (Q8_0's int8 plus 128). halves: float16 ``[n, supers]``. factors: int16
-    ``[n, groups, supers]``, the k-quants' 6-bit scales (and minima) or Q6_K's int8 scales; None for blocks of 32.
+    codes: uint8 ``[block_size, n]``, unsigned (Q8_0's int8 plus 128). halves: float16 ``[supers, n]``. factors: int16
+    ``[supers, groups, n]``, the k-quants' 6-bit scales (and minima) or Q6_K's int8 scales; None for blocks of 32.
     """
 
     codes: Bytes
@@ -141,82 +141,79 @@ def join(fields: Fields, kind: GgufType, out: Bytes) -> None:
     """
     layout, codes = _LAYOUTS[kind.name], fields.codes
     # "<f2" keeps the file little-endian whatever the machine is.
-    out[:, layout.halves] = np.ascontiguousarray(fields.halves, "<f2").view(np.uint8)
-    if layout.run:
-        _join_nibbles(codes, layout.run, out[:, layout.low])
-    else:
-        np.bitwise_xor(codes, 0x80, out=out[:, layout.low])
+    out[:, layout.halves] = np.ascontiguousarray(fields.halves.T, "<f2").view(np.uint8)
+    low = _join_nibbles(codes, layout.run) if layout.run else codes ^ _SIGN
+    out[:, layout.low] = low.T
     if layout.high is not None:
-        out[:, layout.high] = _join_high(codes, kind)
+        out[:, layout.high] = _join_high(codes >> _FOUR, kind).T
     if layout.factors is not None and fields.factors is not None:
-        packed = fields.factors[:, :, 0].astype(np.int8).view(np.uint8) if kind.supers == 1 else _join_factors(fields.factors)
-        out[:, layout.factors] = packed
+        packed = fields.factors[0].astype(np.int8).view(np.uint8) if kind.supers == 1 else _join_factors(fields.factors)
+        out[:, layout.factors] = packed.T
 
 
 def split(blocks: Bytes, kind: GgufType) -> Fields:
     """Inverse of :func:`join`: uint8 ``[n, type_size]`` to :class:`Fields`."""
     layout = _LAYOUTS[kind.name]
-    halves = np.ascontiguousarray(blocks[:, layout.halves]).view("<f2").astype(np.float16, copy=False)
-    low = blocks[:, layout.low]
-    codes = _split_nibbles(low, layout.run) if layout.run else low ^ np.uint8(0x80)
+    halves = np.ascontiguousarray(blocks[:, layout.halves]).view("<f2").T.astype(np.float16, copy=False)
+    low = np.ascontiguousarray(blocks[:, layout.low].T)
+    codes = _split_nibbles(low, layout.run) if layout.run else low ^ _SIGN
     if layout.high is not None:
-        codes |= _split_high(blocks[:, layout.high], kind) << _FOUR
+        codes |= _split_high(np.ascontiguousarray(blocks[:, layout.high].T), kind) << _FOUR
     factors: Factors | None = None
     if layout.factors is not None:
-        packed = np.ascontiguousarray(blocks[:, layout.factors])
-        factors = packed.view(np.int8).astype(np.int16)[:, :, None] if kind.supers == 1 else _split_factors(packed)
+        packed = np.ascontiguousarray(blocks[:, layout.factors].T)
+        factors = packed.view(np.int8).astype(np.int16)[None] if kind.supers == 1 else _split_factors(packed)
     return Fields(codes, halves, factors)
 
 
-def _join_nibbles(codes: Bytes, run: int, out: Bytes) -> None:
-    runs = codes.reshape(len(codes), -1, 2, run)
-    low = runs[:, :, 0] & _NIBBLE
-    low |= runs[:, :, 1] << _FOUR
-    out[:] = low.reshape(len(codes), -1)
+def _join_nibbles(codes: Bytes, run: int) -> Bytes:
+    runs = codes.reshape(-1, 2, run, codes.shape[1])
+    low = runs[:, 0] & _NIBBLE
+    low |= runs[:, 1] << _FOUR
+    return low.reshape(-1, codes.shape[1])
 
 
 def _split_nibbles(low: Bytes, run: int) -> Bytes:
-    runs = low.reshape(len(low), -1, 1, run)
-    return np.concatenate((runs & _NIBBLE, runs >> _FOUR), axis=2).reshape(len(low), -1)
+    runs = low.reshape(-1, run, low.shape[1])
+    return np.stack((runs & _NIBBLE, runs >> _FOUR), axis=1).reshape(-1, low.shape[1])
 
 
-def _join_high(codes: Bytes, kind: GgufType) -> Bytes:
+def _join_high(high: Bytes, kind: GgufType) -> Bytes:
     """The bits above the nibble: bit ``i`` for weight ``i`` (Q5_0, Q5_1), or one byte for each place in all groups."""
-    n, high = len(codes), codes >> _FOUR
+    n = high.shape[1]
     if kind.name == "Q5_K":
-        return np.packbits(high.reshape(n, 8, 32).transpose(0, 2, 1), axis=2, bitorder="little").reshape(n, 32)
+        return np.packbits(high.reshape(8, 32, n), axis=0, bitorder="little")[0]
     if kind.name == "Q6_K":
-        quarters = high.reshape(n, 2, 4, 32) << _QUARTERS
-        joined: Bytes = np.bitwise_or.reduce(quarters, axis=2)
-        return joined.reshape(n, 64)
-    return np.packbits(high, axis=1, bitorder="little")
+        joined: Bytes = np.bitwise_or.reduce(high.reshape(2, 4, 32, n) << _QUARTERS, axis=1)
+        return joined.reshape(64, n)
+    return np.packbits(high, axis=0, bitorder="little")
 
 
 def _split_high(high: Bytes, kind: GgufType) -> Bytes:
-    n = len(high)
+    n = high.shape[1]
     if kind.name == "Q5_K":
-        return np.unpackbits(high[:, :, None], axis=2, bitorder="little").transpose(0, 2, 1).reshape(n, 256)
+        return np.unpackbits(high[None], axis=0, bitorder="little").reshape(256, n)
     if kind.name == "Q6_K":
-        quarters = high.reshape(n, 2, 1, 32) >> _QUARTERS
-        return (quarters & np.uint8(3)).reshape(n, 256)
-    return np.unpackbits(high, axis=1, bitorder="little")
+        quarters = high.reshape(2, 1, 32, n) >> _QUARTERS
+        return (quarters & np.uint8(3)).reshape(256, n)
+    return np.unpackbits(high, axis=0, bitorder="little")
 
 
 def _join_factors(factors: Factors) -> Bytes:
     """Eight 6-bit scales and eight 6-bit minima in 12 bytes; those of groups 4..7 are cut into 4 bits and 2 bits."""
-    scales, minima = factors[:, :, 0].astype(np.uint8), factors[:, :, 1].astype(np.uint8)
+    scales, minima = factors.astype(np.uint8)
     top, two = np.uint8(48), np.uint8(2)
     parts = (
-        scales[:, :4] | (scales[:, 4:] & top) << two,
-        minima[:, :4] | (minima[:, 4:] & top) << two,
-        scales[:, 4:] & _NIBBLE | minima[:, 4:] << _FOUR,
+        scales[:4] | (scales[4:] & top) << two,
+        minima[:4] | (minima[4:] & top) << two,
+        scales[4:] & _NIBBLE | minima[4:] << _FOUR,
     )
-    return np.concatenate(parts, axis=1)
+    return np.concatenate(parts)
 
 
 def _split_factors(packed: Bytes) -> Factors:
-    first, second, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    first, second, rest = packed[:4], packed[4:8], packed[8:]
     six, below = np.uint8(6), np.uint8(63)
-    scales = np.concatenate((first & below, rest & _NIBBLE | (first >> six) << _FOUR), axis=1)
-    minima = np.concatenate((second & below, rest >> _FOUR | (second >> six) << _FOUR), axis=1)
-    return np.stack((scales, minima), axis=2).astype(np.int16)
+    scales = np.concatenate((first & below, rest & _NIBBLE | (first >> six) << _FOUR))
+    minima = np.concatenate((second & below, rest >> _FOUR | (second >> six) << _FOUR))
+    return np.stack((scales, minima)).astype(np.int16)

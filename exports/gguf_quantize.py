@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from exports.gguf_header import Plan, plan_file
-from exports.gguf_layout import TYPES, Bytes, Floats
+from exports.gguf_layout import TYPES, Bytes
 from exports.gguf_mix import ALIASES, FILE_TYPES, quantizable, tensor_types
 from exports.gguf_throughput import TensorReport, copy_rate, describe, processors
-from exports.gguf_types import SLICE, quantize_into, widen_into
+from exports.gguf_types import SLICE, convert_into
 from quantize.atomic import atomic_path
 from quantize.errors import InputError
 from quantize.gguf_reader import GgufReader, GgufTensorInfo
@@ -201,14 +201,8 @@ class _Worker:
         raw = self._read(piece, piece.count // before.block_size * before.type_size)
         if before is after and not before.dense:
             return raw
-        values = self._buffer("values", SLICE * 4).view(np.float32)
         written = self._buffer("written", piece.count // after.block_size * after.type_size)
-        for start in range(0, piece.count, SLICE):
-            stop = min(start + SLICE, piece.count)
-            floats: Floats = values[: stop - start]
-            widen_into(raw[start * before.type_size : stop * before.type_size], before, floats)
-            place = slice(start // after.block_size * after.type_size, stop // after.block_size * after.type_size)
-            quantize_into(floats, after, written[place])
+        convert_into(raw, before, after, written)
         return written
 
     def _read(self, piece: _Piece, count: int) -> Bytes:

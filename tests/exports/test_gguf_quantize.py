@@ -242,7 +242,7 @@ def test_throughput_is_a_share_of_copying() -> None:
     report = TensorReport("blk.0.attn_q.weight", "F16", "Q4_0", 1_000_000_000, moved=3_000_000_000, seconds=2.0)
     line = describe([report], 6e9).splitlines()[1]
     assert line.startswith("blk.0.attn_q.weight ")
-    assert line.endswith(" 2000.00 ms   1.50 GB/s 25.0% of copying")
+    assert line.endswith(" 2000.00 ms   1.50 GB/s  25.0% of copying")
     assert copy_rate(1) > 1e8
 
 
