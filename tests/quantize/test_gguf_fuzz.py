@@ -264,9 +264,10 @@ def run_mutants(what: str, directory: Path, first: int, last: int, allowance: in
     outcomes: Counter[str] = Counter()
     failures, slowest = {}, 0.0
     for seed in range(first, last):
+        print(seed, flush=True)
         file = directory / "mutant.gguf"
+        file.unlink(missing_ok=True)  # to write over a file is to wait for the disk
         file.write_bytes(mutant(content, where, seed))
-        (directory / "seed").write_text(str(seed))
         begin = time.perf_counter()
         result = outcome(what, file)
         slowest = max(slowest, time.perf_counter() - begin)
@@ -288,8 +289,7 @@ def fuzz(what: str, directory: Path, first: int, last: int, allowance: int) -> d
         cwd=PROJECT,
         env={"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "PATH": ""},
     )
-    seed = (directory / "seed").read_text() if (directory / "seed").exists() else "none"
-    assert done.returncode == 0, f"ended with {done.returncode} at mutant {seed}: {done.stderr[-2000:]}"
+    assert done.returncode == 0, f"ended with {done.returncode} at mutant {done.stdout[-10:]}: {done.stderr[-2000:]}"
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
