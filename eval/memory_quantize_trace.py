@@ -53,7 +53,6 @@ KIND_NAMES = {
     "scaling:Scaling.weight": "weights in float32",
     "blocks:DecoderWalk._recording": "embeddings",
     "blocks:DecoderWalk.block_arguments": "masks and positions",
-    "grids:QuantizedTensor.dequantize": "dequantized weights",
     "statistics:": "Hessians and statistics",
     "forwards:run_block": "activations",
     "owners:Owner": "activations",
