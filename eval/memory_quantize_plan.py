@@ -36,7 +36,8 @@ from quantize.stages import selected_layers
 
 # What torch sets aside for cuBLAS on a Hopper GPU; 8 MiB on earlier ones.
 CUDA_WORKSPACE = 32 * 2**20
-_BATCHES = 20  # more than any choice of scales looks at
+_BATCHES = 3  # that wait on disk: each is gone before the next
+_SCALED_BY = 16  # windows by which scales are chosen
 _SEARCH_STEPS = 2  # of a search: the second has all that any later one has
 
 
@@ -102,7 +103,7 @@ def plan_variant(config: RunConfig, name: str, model: Any, device: torch.device)
         run = Run(dataclasses.replace(config, device="cpu"), Path(folder), str(checkpoint.path))
         run.checkpoint = checkpoint
         run.walk = DecoderWalk(checkpoint, torch.device("meta"), dtype)
-        blocks = _representatives(model, stored)
+        blocks = _representatives(model, stored, config.calibration.activations == "memory")
         try:
             with _on_paper(ledger, device):
                 for buffer in run.walk._model.buffers():
@@ -165,7 +166,8 @@ def _samples(config: RunConfig, variant: VariantConfig) -> int:
     keeps_rows = solver.smoothquant or solver.input_activations == "static"
     if calibration.activations == "memory" or keeps_rows:
         return calibration.num_samples
-    return min(calibration.num_samples, _BATCHES * max(1, calibration.batch_tokens // calibration.seq_len))
+    windows = _BATCHES * max(1, calibration.batch_tokens // calibration.seq_len)
+    return min(calibration.num_samples, max(windows, _SCALED_BY if SOLVERS[solver.name].find_scales else 0))
 
 
 def _tell_groups_apart(steps: Any, ledger: Ledger) -> None:
@@ -185,12 +187,12 @@ def _shortened(options: SolverOptions) -> SolverOptions:
     )
 
 
-def _representatives(model: Any, dtype: torch.dtype) -> list[int]:
-    """The first two blocks, and the first of every other kind: those after the first have hidden states in memory."""
+def _representatives(model: Any, dtype: torch.dtype, in_memory: bool) -> list[int]:
+    """The first block of each kind; and the second, where hidden states are in memory once a block has put them out."""
     whole = skeleton(model, dtype)
     kinds = first_blocks(whole, model, block_path(whole, model))
     firsts = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
-    return sorted({0, min(1, len(kinds) - 1), *firsts.values()})
+    return sorted({*firsts.values(), *([min(1, len(kinds) - 1)] if in_memory else [])})
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ nothing is tried a second time because it failed.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections import Counter
@@ -52,7 +53,6 @@ KIND_NAMES = {
     "scaling:Scaling.weight": "weights in float32",
     "blocks:DecoderWalk._recording": "embeddings",
     "blocks:DecoderWalk.block_arguments": "masks and positions",
-    "grids:QuantizedTensor.dequantize": "dequantized weights",
     "statistics:": "Hessians and statistics",
     "forwards:run_block": "activations",
     "owners:Owner": "activations",
@@ -219,18 +219,15 @@ def _place(frame: FrameType | None) -> tuple[str, str]:
     return phase or RUNNING, kind or OTHER
 
 
-_known_codes: dict[CodeType, tuple[str | None, str | None] | None] = {}
-
-
+@functools.cache
 def _known(code: CodeType) -> tuple[str | None, str | None] | None:
-    if code not in _known_codes:
-        name = _name(code)
-        phase = next((phase for start, phase in PHASE_NAMES.items() if name.startswith(start)), None)
-        kind = next((kind for start, kind in KIND_NAMES.items() if name.startswith(start)), None)
-        _known_codes[code] = None if phase is None and kind is None else (phase, kind)
-    return _known_codes[code]
+    name = _name(code)
+    phase = next((phase for start, phase in PHASE_NAMES.items() if name.startswith(start)), None)
+    kind = next((kind for start, kind in KIND_NAMES.items() if name.startswith(start)), None)
+    return None if phase is None and kind is None else (phase, kind)
 
 
+@functools.cache
 def _name(code: CodeType) -> str:
     path = Path(code.co_filename)
     return f"{path.stem}:{code.co_qualname}" if path.is_relative_to(_PACKAGE) else ""
