@@ -123,8 +123,6 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
         raise InputError(f"{key}.solver.search_steps={solver.search_steps} is negative; use 0 (min-max), 40 or null")
     if solver.gptaq_alpha is not None and not 0 <= solver.gptaq_alpha <= 1:
         raise InputError(f"{key}.solver.gptaq_alpha={solver.gptaq_alpha} is not in [0, 1]; use 0 (off), 1 (full) or null")
-    if solver.refits is not None and solver.refits < 0:
-        raise InputError(f"{key}.solver.refits={solver.refits} is negative; use 0, 2 or null")
     if solver.tune_epochs is not None and solver.tune_epochs < 0:
         raise InputError(f"{key}.solver.tune_epochs={solver.tune_epochs} is negative; use 0, 2 or null")
     if not 0 < solver.damp_percent < 1:

@@ -19,9 +19,9 @@ STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
 # What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "refits": 0, "tune_epochs": 0},
-    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "refits": 0, "tune_epochs": 0},
-    "best": {"search_steps": 40, "gptaq_alpha": 1.0, "refits": 0, "tune_epochs": 2},
+    "fast": {"search_steps": 20, "gptaq_alpha": 0.0, "tune_epochs": 0},
+    "balanced": {"search_steps": 40, "gptaq_alpha": 1.0, "tune_epochs": 0},
+    "best": {"search_steps": 40, "gptaq_alpha": 1.0, "tune_epochs": 2},
 }
 ACTIVATIONS = ("memory", "disk")
 INPUT_ACTIVATIONS = ("none", "dynamic", "static")
@@ -82,7 +82,6 @@ class SolverConfig:
     # null: as `quality` says
     search_steps: int | None = None
     gptaq_alpha: float | None = None
-    refits: int | None = None
     tune_epochs: int | None = None
     input_activations: str = "none"  # none | dynamic (8 bits, a scale for each token) | static (8 bits, one scale for all)
     observer: str = "minmax"  # of static ranges: minmax | percentile | mse
@@ -114,7 +113,6 @@ class VariantSolverConfig(SolverConfig):
     double_quant: bool = II("solver.double_quant")
     search_steps: int | None = II("solver.search_steps")
     gptaq_alpha: float | None = II("solver.gptaq_alpha")
-    refits: int | None = II("solver.refits")
     tune_epochs: int | None = II("solver.tune_epochs")
     input_activations: str = II("solver.input_activations")
     observer: str = II("solver.observer")

@@ -74,7 +74,7 @@ class GgufGrid(Grid):
         return _LAYOUTS[self.kind]
 
     @property
-    def real_zeros(self) -> bool:  # type: ignore[override]
+    def real_zeros(self) -> bool:
         """Whether zero points are real numbers, made from a stored minimum."""
         return self._layout.minima
 

@@ -48,7 +48,6 @@ class Grid:
         if self.group_size != -1 and self.group_size < 1:
             raise InputError(f"solver.group_size={self.group_size} is not a group; use -1 (whole row), 32, 64 or 128")
 
-    real_zeros: ClassVar[bool] = False  # zero points are integers
     zero_dtype: ClassVar[torch.dtype] = torch.uint8
 
     @property
@@ -137,10 +136,6 @@ class Grid:
                 "the checkpoint's weights are out of range"
             )
         return scale.to(self.scale_dtype).float().clamp(min=info.smallest_normal * info.eps)
-
-    def allows(self, scale: Tensor) -> Tensor:
-        """Where a scale is one that the grid can have, before it is rounded: bool of the same shape."""
-        return scale > 0
 
     def settle(self, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
         """What is stored of a layer's scales and zero points, float32 ``[rows, groups]`` each."""

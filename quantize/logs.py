@@ -18,6 +18,8 @@ T = TypeVar("T")
 console = Console(stderr=True)
 _NOISY = (
     "gguf",
+    "lm_eval",
+    "gguf",
     "torchao",
     "torch",
     "transformers",

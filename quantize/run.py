@@ -181,7 +181,6 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
         block_size=solver.block_size,
         search_steps=chosen("search_steps"),
         gptaq_alpha=chosen("gptaq_alpha") if SOLVERS[solver.name].makes_good else 0.0,
-        refits=chosen("refits"),
         tune_epochs=chosen("tune_epochs"),
         input_activations=solver.input_activations,
         observer=solver.observer,

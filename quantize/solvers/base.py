@@ -24,7 +24,6 @@ class SolverOptions:
             min-max.
         search_range: the largest shrinkage of the range that is tried, in [0, 1).
         gptaq_alpha: share of the inputs' error that the weights are to make good, 0 (none) to 1 (all).
-        refits: how often scales are fitted to the codes; between two fits, weights are rounded anew. 0: never.
         tune_epochs: passes over the calibration windows in which a block's scales and norms are tuned together.
         input_activations: ``none``, ``dynamic``, ``static``: how inputs are quantized (:mod:`quantize.activations`).
         observer: how a static range is found.
@@ -44,7 +43,6 @@ class SolverOptions:
     search_steps: int = 40
     search_range: float = 0.6
     gptaq_alpha: float = 0.0
-    refits: int = 0
     tune_epochs: int = 0
     input_activations: str = "none"
     observer: str = "minmax"

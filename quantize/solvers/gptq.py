@@ -25,7 +25,6 @@ from torch import Tensor
 
 from quantize.grids import Grid, QuantizedTensor
 from quantize.solvers.base import LayerProblem, Solver, SolverOptions
-from quantize.solvers.refit import Params, Rounding, refine
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +49,7 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
 
     plan = plan_columns(hessian.diagonal(), grid, options)
     hessian = hessian[plan.order][:, plan.order]
-    damp = damping(options, len(hessian), problem.tokens)
-    factor = inverse_factor(hessian, damp, problem.names)
+    factor = inverse_factor(hessian, damping(options, len(hessian), problem.tokens), problem.names)
     drift = problem.drift if options.gptaq_alpha else None
     shift = None if drift is None else make_good(weight, options.gptaq_alpha * drift, factor, plan.order)
     weight[:, dead] = 0
@@ -59,15 +57,8 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
     if shift is not None:
         weight += shift
 
-    def rounded(params: Params | None = None) -> Rounding:
-        return feed_back(weight, factor, hessian.diagonal(), grid, plan, options, params)
-
-    best = rounded()
-    if options.refits:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * hessian.diagonal().mean())
-        best = refine(best, weight, damped, plan.groups, grid, rounded, options.refits - 1)
-    log.debug("%s: loss %.4g", problem.names[0], float(best.losses.sum()))
+    codes, scales, zeros, loss = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
+    log.debug("%s: loss %.4g", problem.names[0], loss)
 
     original = torch.argsort(plan.order)
     sizes = [w.shape[0] for w in problem.weights]
@@ -79,7 +70,7 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
             g_idx=plan.groups[original].to(torch.int32),
             grid=grid,
         )
-        for part, scale, zero in zip(*(torch.split(t, sizes) for t in (best.codes, best.scales, best.zeros)), strict=True)
+        for part, scale, zero in zip(*(torch.split(t, sizes) for t in (codes, scales, zeros)), strict=True)
     ]
 
 
@@ -189,14 +180,8 @@ def make_good(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor) -> T
 
 
 def feed_back(
-    weight: Tensor,
-    factor: Tensor,
-    importance: Tensor,
-    grid: Grid,
-    plan: ColumnPlan,
-    options: SolverOptions,
-    params: Params | None = None,
-) -> Rounding:
+    weight: Tensor, factor: Tensor, importance: Tensor, grid: Grid, plan: ColumnPlan, options: SolverOptions
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Round all columns in order, each with the error of those before it fed back.
 
     Args:
@@ -206,7 +191,9 @@ def feed_back(
         grid: the grid.
         plan: which columns share a scale, and whether scales are found before rounding.
         options: ``block_size`` (raised to a multiple of the group size where one does not divide the other) and the search.
-        params: scales and zeros, float32 ``[rows, groups]``, to round by; None: they are to be found.
+
+    Returns:
+        codes uint8 ``[rows, columns]``, scales and zeros float32 ``[rows, groups]``, and the loss ``sum e^2``.
     """
     rows, columns = weight.shape
     size, block_size, search = grid.columns_per_group(columns), options.block_size, (options.search_steps, options.search_range)
@@ -222,20 +209,17 @@ def feed_back(
         scales[group], zeros[group] = grid.find_params(remaining[members].t().contiguous(), importance[members], *search)
 
     group_of: list[int] = plan.groups.tolist()
-    if params is not None:
-        scales, zeros = params[0].t().contiguous(), params[1].t().contiguous()
-    elif plan.static:
+    if plan.static:
         for group in range(len(scales)):
             choose_scale(group, torch.nonzero(plan.groups == group)[:, 0])
         scales, zeros = (tensor.t().contiguous() for tensor in grid.settle(scales.t(), zeros.t()))
-    found = plan.static or params is not None
-    loss = torch.zeros(rows, device=weight.device)
+    loss = 0.0
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         errors = torch.empty(end - start, rows, device=weight.device)
         for j in range(start, end):
             group = group_of[j]
-            if not found and (j == 0 or group != group_of[j - 1]):
+            if not plan.static and (j == 0 or group != group_of[j - 1]):
                 choose_scale(group, torch.arange(j, min(j + size, columns), device=weight.device))
             scale, zero = scales[group], zeros[group]
             code = grid.encode(remaining[j], scale, zero)
@@ -245,8 +229,8 @@ def feed_back(
             if j + 1 < end:
                 remaining[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
         remaining[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-        loss += errors.square().sum(0)
-    return Rounding(codes.t(), scales.t(), zeros.t(), loss)
+        loss += float(errors.square().sum())
+    return codes.t(), scales.t(), zeros.t(), loss
 
 
 SOLVER = Solver(quantizes=True, needs_calibration=True, solve=solve, makes_good=True, blocks=True)

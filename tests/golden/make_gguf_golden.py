@@ -231,7 +231,8 @@ def main() -> None:
     golden |= {kind: ggml_quantize(library, blocks, kind) for kind in ("F32", "BF16")}
     fits = np.abs(blocks).max(axis=1) < 65504
     golden["F16"] = ggml_quantize(library, blocks[fits], "F16")
-    np.savez_compressed(HERE / "gguf_blocks.npz", values=blocks, fits=fits, **golden)
+    arrays: dict[str, Any] = {"values": blocks, "fits": fits, **golden}
+    np.savez_compressed(HERE / "gguf_blocks.npz", **arrays)
     write_tiny(HERE / "gguf_tiny.gguf")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.gguf"
