@@ -115,8 +115,8 @@ class _Affine:
         product *= self.x
         sum_xl = _sum(product)
         determinant: Floats = self._sum_w * sum_l2 - sum_l * sum_l
-        scale: Floats = (self._sum_w * sum_xl - self._sum_x * sum_l) / determinant
-        low: Floats = (sum_l2 * self._sum_x - sum_l * sum_xl) / determinant
+        scale: Floats = np.divide(self._sum_w * sum_xl - self._sum_x * sum_l, determinant)
+        low: Floats = np.divide(sum_l2 * self._sum_x - sum_l * sum_xl, determinant)
         positive = low > 0
         low[positive] = 0
         scale[positive] = (sum_xl / sum_l2)[positive]
