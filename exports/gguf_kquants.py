@@ -114,9 +114,9 @@ class _Affine:
         sum_l2 = _sum(product * codes)
         product *= self.x
         sum_xl = _sum(product)
-        determinant = np.asarray(self._sum_w * sum_l2 - sum_l * sum_l, np.float32)
-        scale = np.asarray((self._sum_w * sum_xl - self._sum_x * sum_l) / determinant, np.float32)
-        low = np.asarray((sum_l2 * self._sum_x - sum_l * sum_xl) / determinant, np.float32)
+        determinant: Floats = self._sum_w * sum_l2 - sum_l * sum_l
+        scale: Floats = np.divide(self._sum_w * sum_xl - self._sum_x * sum_l, determinant)
+        low: Floats = np.divide(sum_l2 * self._sum_x - sum_l * sum_xl, determinant)
         positive = low > 0
         low[positive] = 0
         scale[positive] = (sum_xl / sum_l2)[positive]

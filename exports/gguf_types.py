@@ -103,8 +103,8 @@ def _widened(numbers: npt.NDArray[Any], kind: GgufType) -> Floats:
     if kind.name == "F32":
         return numbers.view("<f4").astype(np.float32, copy=False)
     if kind.name == "BF16":
-        words: npt.NDArray[np.uint32] = np.left_shift(numbers, 16, dtype=np.uint32)
-        return words.view(np.float32)
+        shifted: Floats = np.left_shift(numbers, 16, dtype=np.uint32).view(np.float32)
+        return shifted
     if numbers.size and int((numbers & np.uint16(0x7FFF)).max()) >= 0x7C00:
         raise ValueError("values are not finite")
     # The exponent and fraction in float32's places, the sign where it is; 2**112 is the ratio of the exponents' biases. Exact,
