@@ -183,7 +183,8 @@ def _join_high(high: Bytes, kind: GgufType) -> Bytes:
     n = high.shape[1]
     if kind.name == "Q5_K":
         bits: Bytes = np.packbits(high.reshape(8, 32, n), axis=0, bitorder="little")
-        return bits[0]
+        first: Bytes = bits[0]
+        return first
     if kind.name == "Q6_K":
         joined: Bytes = np.bitwise_or.reduce(high.reshape(2, 4, 32, n) << _QUARTERS, axis=1)
         return joined.reshape(64, n)

@@ -18,7 +18,6 @@ T = TypeVar("T")
 console = Console(stderr=True)
 _NOISY = (
     "gguf",
-    "lm_eval",
     "gguf",
     "torchao",
     "torch",
