@@ -165,7 +165,7 @@ def test_other_alignments_stay(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_quantized_is_refused(
-    tensors: dict[str, Any], fields: dict[str, int], options: dict[str, Any], message: str, tmp_path: Path
+    tensors: dict[str, Any], fields: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path = make(tmp_path / "in.gguf", tensors, **fields)
     with pytest.raises(InputError, match=message):
