@@ -182,9 +182,7 @@ def _join_high(high: Bytes, kind: GgufType) -> Bytes:
     """The bits above the nibble: bit ``i`` for weight ``i`` (Q5_0, Q5_1), or one byte for each place in all groups."""
     n = high.shape[1]
     if kind.name == "Q5_K":
-        bits: Bytes = np.packbits(high.reshape(8, 32, n), axis=0, bitorder="little")
-        first: Bytes = bits[0]
-        return first
+        return np.packbits(high.reshape(8, 32, n), axis=0, bitorder="little").reshape(32, n)
     if kind.name == "Q6_K":
         joined: Bytes = np.bitwise_or.reduce(high.reshape(2, 4, 32, n) << _QUARTERS, axis=1)
         return joined.reshape(64, n)

@@ -26,9 +26,9 @@ def wild_weights(draw: st.DrawFn) -> Floats:
     spread = draw(st.sampled_from((0, 0, 2, 8, 30)))
     values *= np.repeat(2.0 ** -rng.integers(0, spread + 1, (len(values), 16)), 16, axis=1)
     values += draw(st.sampled_from((0.0, 0.0, 1.0, -1.0))) * 2.0 ** draw(st.integers(-30, 8))
-    values = values.astype(draw(st.sampled_from((np.float16, np.float32))), copy=False)
     if draw(st.booleans()):
         values = np.round(values * 4) / 4
+    values = values.astype(draw(st.sampled_from((np.float16, np.float32))))
     chosen = rng.random(values.shape) < draw(st.sampled_from((0, 0.01, 0.7, 1)))
     values[chosen] = draw(st.sampled_from((0.0, -0.0, 0.5, -0.125)))
     return np.ascontiguousarray(values, np.float32)

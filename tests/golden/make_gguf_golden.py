@@ -226,7 +226,9 @@ def by_role(types: dict[str, str]) -> dict[str, str]:
 def main() -> None:
     """Write all golden files."""
     blocks, library = adversarial_blocks(), load_ggml()
-    golden = {kind: ggml_quantize(library, blocks, kind) for kind in TYPES if kind not in ("F32", "F16", "BF16")}
+    golden: dict[str, Any] = {
+        kind: ggml_quantize(library, blocks, kind) for kind in TYPES if kind not in ("F32", "F16", "BF16")
+    }
     # Every value fits in bfloat16 and in float32; float16 has an end.
     golden |= {kind: ggml_quantize(library, blocks, kind) for kind in ("F32", "BF16")}
     fits = np.abs(blocks).max(axis=1) < 65504
