@@ -210,7 +210,7 @@ def evaluation_text(text: str, calibration: Path | None) -> str:
     if calibration is not None and calibration.samefile(text):
         return load_text("text", "heldout", path=text).text
     try:
-        return Path(text).read_text(encoding="utf-8")
+        return Path(text).read_bytes().decode("utf-8")  # line ends as they are: llama-perplexity reads them so
     except UnicodeDecodeError as error:
         raise InputError(f"--text {text} is not UTF-8 ({error.reason}); convert it, or use builtin") from error
 
