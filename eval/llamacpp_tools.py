@@ -16,6 +16,7 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quantize.demo_model import cache_directory
 from quantize.errors import InputError
@@ -137,12 +138,14 @@ def _unpacked(work: Path) -> Path:
     tree = work / "source"
     if not tree.exists():
         archive = fetch(cache_directory() / "sdists")
+        # Python 3.11 has filters from 3.11.4 on; the archive is the one whose hash is known, so nothing hangs on it.
+        options: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         with atomic_directory(tree) as folder, tarfile.open(archive) as members:
             for member in members:
                 name = member.name.removeprefix(f"{SOURCE}/")
                 if name not in (member.name, ".git"):  # which points to a repository that is not there
                     member.name = name
-                    members.extract(member, folder, filter="data")
+                    members.extract(member, folder, **options)
     return tree
 
 

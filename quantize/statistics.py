@@ -74,8 +74,14 @@ class Statistics:
         """The Hessian, float32 ``[in_features, in_features]``."""
         if self._hessian is None or not self.count:
             raise ValueError("no inputs were added")
-        upper = self._hessian.triu()
-        return (upper + upper.triu(1).t()).mul_(2.0 / self.count)
+        full = self._hessian * (2.0 / self.count)
+        # Mirrored tile by tile: at 7B, one more copy of the largest Hessian is most of a gigabyte.
+        for start in range(0, len(full), TILE):
+            stop = min(start + TILE, len(full))
+            tile = full[start:stop, start:stop]
+            tile.copy_(tile.triu() + tile.triu(1).t())
+            full[stop:, start:stop] = full[start:stop, stop:].t()
+        return full
 
     def drift(self) -> Tensor | None:
         """The drift, float32 ``[in_features, in_features]``; None where no reference inputs were added."""
