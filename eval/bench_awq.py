@@ -15,7 +15,7 @@ METHODS = (
     Method("fp16", bits=16, group=None, symmetric=None, recipe="fp16"),
     Method("rtn", recipe="awq", settings=("solver=rtn",)),
     Method("ours-awq", recipe="awq"),
-    Method("ours-awq-module", recipe="awq", settings=("solver.search_loss=module",)),
+    Method("ours-awq-module", recipe="awq", settings=("solver.search_loss=module",), extra=True),
     Method("ours-awq+gptq", recipe="awq", settings=("solver=awq+gptq",)),
     Method("ours-gptq", settings=("quality=balanced",)),
     Method("ours-gptq-static", settings=("quality=balanced", "solver.static_groups=true")),
