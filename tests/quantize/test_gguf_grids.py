@@ -11,7 +11,7 @@ from torch import Tensor
 from exports.gguf import common_step, pack_layer
 from exports.gguf_types import dequantize, quantize
 from quantize.errors import InputError
-from quantize.gguf_grids import KINDS, gguf_grid
+from quantize.gguf_grids import KINDS, gguf_grid, shared_step
 from quantize.grids import QuantizedTensor, group_index
 
 COLUMNS = 512
@@ -48,13 +48,25 @@ def test_the_file_holds_what_the_grid_says(values: Tensor, kind: str, search_ste
     assert bool(((stored - expected).abs() <= 3e-6 * largest + 1e-9).all())
 
 
-@given(weights(), kinds)
-def test_settling_is_final(values: Tensor, kind: str) -> None:
+@given(weights(), st.sampled_from([kind for kind in KINDS if "K" not in kind]))
+def test_what_is_stored_in_fp16_is_settled_once(values: Tensor, kind: str) -> None:
     tensor = nearest(values, kind)
     scales, zeros = tensor.grid.settle(tensor.scales.float(), tensor.zeros)
-    assert torch.allclose(scales, tensor.scales.float(), rtol=1e-6) and torch.allclose(
-        zeros, tensor.zeros, rtol=1e-5, atol=1e-6
-    )
+    assert torch.equal(scales, tensor.scales.float())
+    assert torch.allclose(zeros, tensor.zeros, rtol=1e-5, atol=1e-6)
+
+
+@given(weights(), st.sampled_from([kind for kind in KINDS if "K" in kind]))
+def test_a_super_blocks_scales_are_nearest_multiples_of_its_step(values: Tensor, kind: str) -> None:
+    grid = gguf_grid(kind)
+    wanted, zeros = grid.find_params(values.view(len(values), -1, grid.group_size))
+    levels, together = (127, 16) if kind == "Q6_K" else (63, 8)
+    step = shared_step(wanted, levels, together)
+    settled, _ = grid.settle(wanted, zeros)
+    codes = settled / step
+    assert torch.allclose(codes, codes.round(), rtol=1e-6) and bool((codes.abs() >= 1).all() and (codes.abs() <= levels).all())
+    inside = (wanted / step).abs() <= levels
+    assert bool(((settled - wanted).abs() <= step * (0.5 + 1e-4) + (wanted.abs() < step) * step)[inside].all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
