@@ -8,7 +8,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from eval.report import Json, markdown_list, markdown_text, show_number, show_ratio
+from eval.bench_table import page
+from eval.report import Json, markdown_text, show_number, show_ratio
 
 COLUMNS = ("file", "size (MB)", "bits/weight", "ppl", "to f16", "mean KLD", "same top", "seconds", "tokens/s")
 
@@ -66,15 +67,5 @@ def render_markdown(rows: Sequence[Json], *, command: str, date: str, protocol: 
     rule = ["---:" if index else ":---" for index in range(len(COLUMNS))]
     baseline = baseline_of(rows)
     lines = [list(COLUMNS), rule, *([markdown_text(cell) for cell in cells(row, baseline)] for row in rows)]
-    blocks = [
-        "# GGUF side by side",
-        f"Written on {date} by one run of\n\n```sh\n{command}\n```",
-        "\n".join(f"| {' | '.join(line)} |" for line in lines),
-        "## Notes",
-        markdown_list(notes(rows)),
-        "## Protocol",
-        markdown_list(protocol),
-        "## Machine and versions",
-        markdown_list(environment),
-    ]
-    return "\n\n".join(blocks) + "\n"
+    settings = {"title": "GGUF side by side", "command": command, "date": date}
+    return page(lines, **settings, notes=notes(rows), protocol=protocol, environment=environment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -73,12 +72,19 @@ def render_markdown(
     rule = [":---" if index < _WORDS else "---:" for index in range(len(COLUMNS))]
     baseline = baseline_of(rows)
     lines = [list(COLUMNS), rule, *([markdown_text(cell) for cell in cells(row, baseline)] for row in rows)]
-    blocks: list[Any] = [
+    return page(lines, title=title, command=command, date=date, notes=notes(rows), protocol=protocol, environment=environment)
+
+
+def page(
+    lines: Sequence[Sequence[str]], *, title: str, command: str, date: str, notes: Json, protocol: Json, environment: Json
+) -> str:
+    """A bench's page: its table, line by line, and what the figures are of."""
+    blocks = [
         f"# {title}",
         f"Written on {date} by one run of\n\n```sh\n{command}\n```",
         "\n".join(f"| {' | '.join(line)} |" for line in lines),
         "## Notes",
-        markdown_list(notes(rows)),
+        markdown_list(notes),
         "## Protocol",
         markdown_list(protocol),
         "## Machine and versions",

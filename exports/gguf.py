@@ -64,8 +64,8 @@ def plan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file_
     for name, shape in shapes.items():
         if stored := names.name(name):
             placed[name] = (stored, names.shape(name, shape))
-    position = {stored: number for number, stored in enumerate(in_order([stored for stored, _ in placed.values()]))}
-    order = sorted(placed, key=lambda name: position[placed[name][0]])
+    sources = {stored: name for name, (stored, _) in placed.items()}
+    order = [sources[stored] for stored in in_order(list(sources))]
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     kinds = tensor_types(
         [placed[name] for name in order],
