@@ -43,16 +43,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)
-    except (OSError, SafetensorError) as error:
-        trouble = disk_error(path, error)
-        if trouble is None:
-            raise
-        raise trouble from error
+        with _telling_trouble(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _fsync(temporary)
+            temporary.replace(path)
+            _fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -66,22 +62,30 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
+        with _telling_trouble(path):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in files_below(temporary):
+                _fsync(file)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.replace(path)
+            _fsync(path.parent)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in files_below(temporary):
-            _fsync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        _fsync(path.parent)
+
+
+@contextlib.contextmanager
+def _telling_trouble(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into an :class:`InputError` that names ``path``."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         trouble = disk_error(path, error)
         if trouble is None:
             raise
         raise trouble from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def files_below(directory: Path) -> list[Path]:
