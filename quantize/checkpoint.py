@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -36,6 +37,7 @@ SIDE_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+_CARD_HEAD = re.compile(r"\ufeff?---\n(.*?)\n---\s*\n", re.DOTALL)
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -98,6 +100,10 @@ class Checkpoint(ABC):
         """Stored weights, tied ones once."""
         return sum(torch.Size(self.shape(name)).numel() for name in self.names())
 
+    def license(self) -> str | None:
+        """The licence the checkpoint names, such as ``apache-2.0``; None where it names none."""
+        return None
+
     def config_dict(self) -> dict[str, Any]:
         """The config as written into exported artifacts."""
         config = self.config.to_diff_dict()
@@ -156,6 +162,12 @@ class SafetensorsCheckpoint(Checkpoint):
             if (self.path / name).exists():
                 shutil.copyfile(self.path / name, destination / name)
 
+    def license(self) -> str | None:
+        for stated in (_card(self.path / "README.md").get("license"), self._raw_config.get("license")):
+            if isinstance(stated, str) and stated.strip():
+                return stated.strip()
+        return None
+
     def config_dict(self) -> dict[str, Any]:
         return {key: value for key, value in self._raw_config.items() if key != "quantization_config"}
 
@@ -190,7 +202,7 @@ def _download(repo: str, revision: str | None) -> Path:
             snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"],
                 # Mistral repositories hold every weight a second time under this name.
                 ignore_patterns=["consolidated*", "original/*", "*/*"],
             )
@@ -215,6 +227,16 @@ def _load_config(path: Path) -> tuple[dict[str, Any], PretrainedConfig]:
         return raw, AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # config classes check their values by whatever their arithmetic raises
         raise InputError(f"{path}/config.json: model_type={raw['model_type']!r} is not usable ({one_line(error)})") from error
+
+
+def _card(file: Path) -> dict[str, Any]:
+    """The YAML at the head of a model card; empty where there is none that can be read."""
+    try:
+        head = _CARD_HEAD.match(file.read_text(encoding="utf-8"))
+        found = yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}  # a card is prose for people: what is wrong with it stops nobody
+    return found if isinstance(found, dict) else {}
 
 
 def _read_object(file: Path) -> dict[str, Any]:

@@ -140,6 +140,10 @@ class GgufCheckpoint(Checkpoint):
     def copy_side_files(self, destination: Path) -> None:
         self.tokenizer().save_pretrained(destination)
 
+    def license(self) -> str | None:
+        stated = self._reader.field("general.license", None)
+        return stated.strip() or None if isinstance(stated, str) else None
+
     def config_dict(self) -> dict[str, Any]:
         dtype = str(self._dtype).removeprefix("torch.")
         return {**super().config_dict(), "architectures": [self._model_class], "dtype": dtype}

@@ -11,6 +11,7 @@ from typing import Any
 
 from calibration.sources import matching_files
 from exports.containers import CONTAINERS
+from quantize import artifact
 from quantize.errors import InputError
 from quantize.manifest import Manifest, step_key, versions
 from quantize.run import Run, needs_calibration, solves
@@ -71,7 +72,7 @@ class StepKeys:
     def export(self, name: str) -> str:
         """What was quantized, and the container."""
         variant = self.config.variants[name]
-        stored: list[Any] = [variant.container, variant.dtype]
+        stored: list[Any] = [artifact.SCHEMA, variant.container, variant.dtype]
         if CONTAINERS[variant.container].file_types:
             stored.append(repr(self.run.stored(variant)))
         if not self.quantizes(name):

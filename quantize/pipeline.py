@@ -27,13 +27,14 @@ from rich.console import Console
 from eval.consumers import CONSUMERS
 from eval.report import VariantResult, build_report, render_table, write_report
 from quantize import stages
+from quantize.artifact import is_recorded, read_manifest, record_evaluation
 from quantize.config import STAGES, RunConfig
 from quantize.demo_model import demo_model
 from quantize.errors import InputError
 from quantize.files import disk_error, read_json, write_text
 from quantize.keys import StepKeys
 from quantize.manifest import Manifest, StepRecord, cpu_name, versions
-from quantize.run import Run
+from quantize.run import Run, needs_calibration
 from quantize.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
@@ -130,6 +131,8 @@ class _Pipeline:
                 continue
             key = getattr(self.keys, stage)(name)
             self._step(f"{stage}/{name}", key, functools.partial(getattr(self, f"_{stage}"), name, key))
+            if stage == "evaluate":
+                self._tell_artifact(name)
 
     def _step(self, step: str, key: str, action: Callable[[StepRecord], None]) -> None:
         if self.manifest.finished(step, key):
@@ -155,7 +158,9 @@ class _Pipeline:
         stages.quantize(self.run, name, key, record)
 
     def _export(self, name: str, key: str, record: StepRecord) -> None:
-        stages.export(self.run, name, record)
+        calibrated = needs_calibration(self.config.variants[name].solver)
+        windows = self.manifest.result("calibrate") if calibrated else None
+        stages.export(self.run, name, self.manifest.result("load"), windows, record)
 
     def _evaluate(self, name: str, key: str, record: StepRecord) -> None:
         """Measure in a process of its own: the memory figure is the consumer's, and the printed command repeats it."""
@@ -187,6 +192,13 @@ class _Pipeline:
             raise RuntimeError(f"evaluation of {name} failed ({result.returncode}): {result.stderr or 'see above'}")
         record.files = [output]
         record.result = read_json(output)
+
+    def _tell_artifact(self, name: str) -> None:
+        """See that the figures lie beside the artifact too, where they travel with it; others found there are kept."""
+        directory, figures = self.run.artifact(name), self.manifest.result(f"evaluate/{name}")
+        current = read_manifest(directory)["fingerprint"]
+        if not is_recorded(directory, figures, current):
+            record_evaluation(directory, figures, known=current)
 
     def _report(self, record: StepRecord) -> None:
         loaded = self.manifest.result("load")

@@ -10,9 +10,10 @@ import logging
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,14 @@ from exports import gguf, gguf_types
 from exports.base import Artifact
 from exports.containers import CONTAINERS
 from quantize import __version__
+from quantize.artifact import write_manifest
 from quantize.block_files import BlockFiles
 from quantize.checkpoint import Checkpoint
 from quantize.config import VariantConfig
 from quantize.errors import InputError
 from quantize.files import atomic_directory, files_below, sha256_file, sha256_json, write_tensors
 from quantize.grids import Grid
+from quantize.lineage import describe
 from quantize.logs import progress
 from quantize.manifest import StepRecord
 from quantize.quantizer import parts_of, quantize_blocks
@@ -163,8 +166,11 @@ def quantize(run: Run, name: str, key: str, record: StepRecord) -> None:
     record.files = files.finish()
 
 
-def export(run: Run, name: str, record: StepRecord) -> None:
-    """Write one variant's artifact, ``variants/NAME``, whole or not at all."""
+def export(run: Run, name: str, loaded: Mapping[str, Any], windows: Mapping[str, Any] | None, record: StepRecord) -> None:
+    """Write one variant's artifact, ``variants/NAME``, and its manifest, whole or not at all.
+
+    ``loaded`` and ``windows`` are the results of the load step and of the calibrate step, for the manifest.
+    """
     variant = run.config.variants[name]
     container = CONTAINERS[variant.container]
     checkpoint = run.checkpoint
@@ -218,14 +224,15 @@ def export(run: Run, name: str, record: StepRecord) -> None:
     with atomic_directory(run.artifact(name)) as directory, tempfile.TemporaryDirectory() as side:
         checkpoint.copy_side_files(Path(side) if container.complete else directory)
         container.write(directory, replace(artifact, tokenizer=Path(side)) if container.complete else artifact)
+        weight_bytes = sum(file.stat().st_size for file in files_below(directory) if file.suffix in (".safetensors", ".gguf"))
+        record.result = {
+            "size_bytes": weight_bytes,
+            "bits": _bits(run, variant, bool(layers)),
+            "bits_per_weight": 8 * weight_bytes / checkpoint.num_parameters(),
+            "quantized_layers": len(layers),
+        }
+        write_manifest(directory, describe(run, name, loaded, windows, record.result))
     record.files = files_below(run.artifact(name))
-    weight_bytes = sum(file.stat().st_size for file in record.files if file.suffix in (".safetensors", ".gguf"))
-    record.result = {
-        "size_bytes": weight_bytes,
-        "bits": _bits(run, variant, bool(layers)),
-        "bits_per_weight": 8 * weight_bytes / checkpoint.num_parameters(),
-        "quantized_layers": len(layers),
-    }
 
 
 def _bits(run: Run, variant: VariantConfig, quantized: bool) -> int:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from quantize import pipeline
+from quantize.artifact import problems, read_evaluation, read_manifest
 from quantize.files import files_below, sha256_file, write_json
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -94,8 +95,21 @@ def hashes(directory: Path) -> dict[str, str]:
     return {str(file.relative_to(directory)): sha256_file(file) for file in files_below(directory)}
 
 
+def artifacts_in(directory: Path) -> dict[str, str]:
+    """sha256 of every file of the artifacts below ``directory``; figures hold times, which differ."""
+    return {name: digest for name, digest in hashes(directory).items() if not name.endswith("/evaluation.json")}
+
+
 def test_the_run_directory_has_the_documented_layout(finished: Path) -> None:
-    side = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    side = {
+        "manifest.json",
+        "evaluation.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     blocks = {f"work/quantize/int4-gptq/block-{index:05d}.safetensors" for index in range(4)}
     assert set(hashes(finished)) == {
         "manifest.json",
@@ -128,6 +142,38 @@ def test_the_report_has_every_field_of_every_variant(finished: Path) -> None:
     assert min(row["peak_rss_bytes"] for row in report["variants"]) > 100 * 2**20
 
 
+def test_every_artifact_says_what_it_is_and_carries_its_figures(finished: Path, tiny_llama: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    for row in report["variants"]:
+        artifact = finished / "variants" / row["name"]
+        manifest, figures = read_manifest(artifact), read_evaluation(artifact)
+        assert problems(artifact) == []
+        assert manifest["size_bytes"] == row["size_bytes"]
+        assert manifest["base"]["name"] == tiny_llama.name
+        assert str(tiny_llama.parent) not in (artifact / "manifest.json").read_text()
+        assert figures is not None
+        assert figures["artifact_fingerprint"] == manifest["fingerprint"]
+        assert figures["ppl"] == row["ppl"]
+    packed = read_manifest(finished / "variants" / "int4-gptq")
+    assert packed["grid"] == {"name": None, "bits": 4, "group_size": 32, "symmetric": False, "scale_dtype": "float16"}
+    assert packed["solver"]["search_steps"] == 20  # what quality=fast says
+    assert packed["recipe"]["calibration"]["num_samples"] == 4
+    dense = read_manifest(finished / "variants" / "fp16")
+    assert (dense["solver"], dense["grid"], dense["seed"]) == ({"name": "none"}, None, None)
+
+
+def test_figures_that_went_missing_are_laid_beside_the_artifact_again(
+    copied: Path, small: list[str], cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    file = copied / "variants" / "fp16" / "evaluation.json"
+    before = file.read_bytes()
+    file.unlink()
+    code, _, log = cli(*small, f"output_dir={copied}")
+    assert code == 0
+    assert steps_run(log) == []
+    assert file.read_bytes() == before
+
+
 def test_the_baseline_is_the_checkpoint(finished: Path, tiny_llama: Path) -> None:
     assert sha256_file(finished / "variants/fp16/model.safetensors") == sha256_file(tiny_llama / "model.safetensors")
 
@@ -149,6 +195,7 @@ def test_the_manifest_has_the_lineage_of_every_step(finished: Path, tiny_llama: 
     assert manifest["steps"]["load"]["result"]["files"]["model.safetensors"] == sha256_file(tiny_llama / "model.safetensors")
     recorded = {name for entry in manifest["steps"].values() for name in entry["files"]}
     unrecorded = {"manifest.json", "recipe.yaml", "work/quantize/int4-gptq/key", "work/quantize/int4-gptq/seconds"}
+    unrecorded |= {f"variants/{name}/evaluation.json" for name in ("fp16", "int4-gptq")}
     assert recorded | unrecorded == set(hashes(finished))
 
 
@@ -175,7 +222,7 @@ def test_a_finished_run_does_nothing_and_says_so(copied: Path, small: list[str],
 
 @pytest.mark.usefixtures("canned_evaluation")
 def test_another_protocol_evaluates_again_and_nothing_else(copied: Path, small: list[str], cli: Cli) -> None:
-    artifacts = hashes(copied / "variants")
+    artifacts = artifacts_in(copied / "variants")
     code, _, err = cli(*small, "eval.windows=3", f"output_dir={copied}")
     assert code == 0
     assert steps_run(err) == ["evaluate/fp16", "evaluate/int4-gptq", "report"]
@@ -185,7 +232,7 @@ def test_another_protocol_evaluates_again_and_nothing_else(copied: Path, small: 
         "size": "safetensors files",
         "peak RSS": "consumer process while loading",
     }
-    assert hashes(copied / "variants") == artifacts
+    assert artifacts_in(copied / "variants") == artifacts
 
 
 def test_another_solver_setting_makes_one_variant_again(copied: Path, small: list[str], cli: Cli) -> None:
@@ -232,7 +279,7 @@ def test_stages_can_be_run_one_after_another(small: list[str], cli: Cli, tmp_pat
     assert code == 0
     assert steps_run(err) == ["evaluate/fp16", "evaluate/int4-gptq", "report"]
     # Another process and another directory give the same bytes.
-    assert hashes(tmp_path / "run" / "variants") == hashes(finished / "variants")
+    assert artifacts_in(tmp_path / "run" / "variants") == artifacts_in(finished / "variants")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +319,7 @@ def test_blocks_made_again_do_not_count_the_lost_time(copied: Path, small: list[
 def test_activations_on_disk_give_the_same_bytes(small: list[str], cli: Cli, tmp_path: Path, finished: Path) -> None:
     spilled = ["calibration.activations=disk", "calibration.batch_tokens=2048"]
     assert cli(*small, *spilled, ARTIFACTS, f"output_dir={tmp_path}")[0] == 0
-    assert hashes(tmp_path / "variants") == hashes(finished / "variants")
+    assert artifacts_in(tmp_path / "variants") == artifacts_in(finished / "variants")
 
 
 def test_several_batches_on_disk_give_the_bytes_of_several_batches_in_memory(
@@ -282,7 +329,7 @@ def test_several_batches_on_disk_give_the_bytes_of_several_batches_in_memory(
         # With everything on: two streams of hidden states, tuning.
         settings = [f"calibration.activations={place}", "calibration.batch_tokens=64", "quality=best", ARTIFACTS]
         assert cli(*small, *settings, f"output_dir={tmp_path / place}")[0] == 0
-    assert hashes(tmp_path / "memory" / "variants") == hashes(tmp_path / "disk" / "variants")
+    assert artifacts_in(tmp_path / "memory" / "variants") == artifacts_in(tmp_path / "disk" / "variants")
 
 
 def test_the_number_of_threads_changes_no_byte(small: list[str], cli: Cli, tmp_path: Path, finished: Path) -> None:
@@ -292,7 +339,7 @@ def test_the_number_of_threads_changes_no_byte(small: list[str], cli: Cli, tmp_p
         assert cli(*small, ARTIFACTS, f"output_dir={tmp_path}")[0] == 0
     finally:
         torch.set_num_threads(threads)
-    assert hashes(tmp_path / "variants") == hashes(finished / "variants")
+    assert artifacts_in(tmp_path / "variants") == artifacts_in(finished / "variants")
 
 
 def test_calibration_is_made_once_a_variant_needs_it(small_run: list[str], cli: Cli, tmp_path: Path) -> None:
