@@ -1,0 +1,178 @@
+"""A release: an artifact's files, and what a stranger needs beside them to judge and to run it.
+
+A release's directory is the artifact's own, so that its consumer loads it as it is, with more files beside them:
+
+    release.json      every other file with role, sha256 and size; what was published, and whether its gate passed
+    SHA256SUMS        the same hashes for ``sha256sum --check``, of every file but itself, its signatures and release.json
+    README.md         the model card        evaluation.json   the measured figures       recipe.yaml   the resolved recipe
+    report.*          the run's report      gate.json         the gate's checks, where there were limits
+
+``release.json`` is canonical JSON (sorted keys, no date, no machine's paths): the same files make the same bytes, and their
+sha256 is the release's digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exports.registry.base import CHUNK, MANIFEST_BYTES, Damaged, Entry
+from exports.registry.contents import check_list, directory_names, pickle_problem
+from exports.registry.secrets import holds_secret, known_secrets
+from quantize.errors import InputError
+
+SCHEMA = 1
+KIND = "quantize release"
+RELEASE = "release.json"
+SUMS = "SHA256SUMS"
+CARD = "README.md"
+_TEXT_BYTES = 64 * 2**20  # files up to this size are searched for secrets, of larger ones the head
+_ROLES = {"manifest.json": "manifest", "evaluation.json": "evaluation"}
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release ready to be published, or as a registry has it: its entries in order of name, its manifest's bytes and facts.
+
+    ``facts``: what ``release.json`` says besides ``files``: ``schema``, ``kind``, ``name``, ``gate`` and more.
+    """
+
+    entries: tuple[Entry, ...]
+    manifest: bytes
+    facts: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """``sha256:`` and the hex digits of the manifest's hash."""
+        return f"sha256:{hashlib.sha256(self.manifest).hexdigest()}"
+
+    @property
+    def size(self) -> int:
+        """The size of all files."""
+        return sum(entry.size for entry in self.entries)
+
+
+def assemble(
+    artifact: Path,
+    extras: Mapping[str, tuple[str, bytes]],
+    facts: Mapping[str, Any],
+    sign: Callable[[bytes], Mapping[str, bytes]] | None = None,
+) -> Release:
+    """Put a release together: nothing is copied, and weights are not read where the artifact's manifest has their hashes.
+
+    Args:
+        artifact: the artifact's directory, as it was exported.
+        extras: role and bytes of the files beside it, by name; they may replace the artifact's own README.md.
+        facts: what ``release.json`` shall say: JSON values.
+        sign: gets the bytes of SHA256SUMS and gives signature files, by name.
+
+    Raises:
+        Damaged: a name that is not allowed, a link, a pickle.
+        InputError: no artifact's directory, or a file with one of the environment's secrets in it.
+    """
+    names = [name for name in directory_names(artifact) if name not in (RELEASE, SUMS, *extras)]
+    check_list([*names, *extras, SUMS, RELEASE], str(artifact))
+    problems = [problem for name in names if (problem := pickle_problem(artifact / name, name))]
+    if problems:
+        raise Damaged(f"{artifact}: {'; '.join(problems)}")
+    listed = _listed_hashes(artifact)
+    entries = [_entry(artifact / name, name, listed.get(name)) for name in names]
+    entries += [Entry.of_data(name, data, role) for name, (role, data) in extras.items()]
+    _refuse_secrets(entries)
+    entries.sort(key=lambda entry: entry.name)
+    sums = "".join(f"{entry.sha256}  {entry.name}\n" for entry in entries).encode()
+    entries.append(Entry.of_data(SUMS, sums, "sums"))
+    for name, data in (sign(sums) if sign else {}).items():
+        entries.append(Entry.of_data(name, data, "signature"))
+    entries.sort(key=lambda entry: entry.name)
+    check_list([entry.name for entry in entries] + [RELEASE], str(artifact))
+    manifest = manifest_bytes(entries, facts)
+    if holds_secret(manifest):
+        raise InputError(f"{RELEASE} would hold a secret of the environment; take it out of the recipe")
+    return Release(tuple(entries), manifest, json.loads(manifest))
+
+
+def manifest_bytes(entries: Sequence[Entry], facts: Mapping[str, Any]) -> bytes:
+    """``release.json``: facts and files as canonical JSON, UTF-8, with a final newline."""
+    files = {entry.name: {"role": entry.role, "sha256": entry.sha256, "bytes": entry.size} for entry in entries}
+    value = {**facts, "schema": SCHEMA, "kind": KIND, "files": files}
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def parse_release(manifest: bytes, where: str) -> Release:
+    """Read a ``release.json`` nobody has checked yet; the entries have no bytes.
+
+    Raises:
+        Damaged: it is no manifest of this kind, or lists what may not be in a release; tells ``where``.
+    """
+    if len(manifest) > MANIFEST_BYTES:
+        raise Damaged(f"{where}: {RELEASE} has {len(manifest)} bytes; at most {MANIFEST_BYTES} are allowed")
+    try:
+        value = json.loads(manifest, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{where}: {RELEASE} is not valid JSON ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(value, dict) or value.get("kind") != KIND:
+        raise Damaged(f"{where}: {RELEASE} is not a release's manifest (its kind is not {KIND!r})")
+    if value.get("schema") != SCHEMA:
+        raise Damaged(f"{where}: {RELEASE} has schema {value.get('schema')!r}; this version reads {SCHEMA}")
+    files = value.get("files")
+    if not isinstance(files, dict) or not files:
+        raise Damaged(f"{where}: {RELEASE} lists no files")
+    check_list([*files, RELEASE], f"{where}: {RELEASE}")
+    return Release(tuple(_parse_entry(name, files[name], where) for name in sorted(files)), manifest, value)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        # Two readers could each believe another one of them.
+        raise ValueError("a key appears twice")
+    return value
+
+
+def _parse_entry(name: str, record: Any, where: str) -> Entry:
+    if isinstance(record, dict):
+        sha256, size, role = record.get("sha256"), record.get("bytes"), record.get("role")
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+        if isinstance(sha256, str) and _HEX.fullmatch(sha256) and whole and isinstance(role, str):
+            assert isinstance(size, int)
+            return Entry(name, sha256, size, role)
+    raise Damaged(f"{where}: {RELEASE} lists {name!r} without a sha256 of 64 hex digits, a size in bytes and a role")
+
+
+def _listed_hashes(artifact: Path) -> dict[str, str]:
+    """The sha256 of every file, as the artifact's own manifest has it; empty without one. Pushing checks them."""
+    try:
+        files = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["files"]
+        return {name: record["sha256"] for name, record in files.items() if _HEX.fullmatch(record["sha256"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _entry(path: Path, name: str, sha256: str | None) -> Entry:
+    if sha256 is None:
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return Entry(name, sha256, path.stat().st_size, _ROLES.get(name, "artifact"), path=path)
+
+
+def _refuse_secrets(entries: Sequence[Entry]) -> None:
+    secrets = known_secrets()
+    if not secrets:
+        return
+    for entry in entries:
+        if entry.data is not None:
+            data = entry.data
+        else:
+            assert entry.path is not None
+            with entry.path.open("rb") as stream:
+                # Text is searched whole; a file of weights has text only in its head.
+                data = stream.read(_TEXT_BYTES if entry.size <= _TEXT_BYTES else CHUNK)
+        if holds_secret(data, secrets):
+            raise InputError(f"{entry.name} holds the value of one of the environment's secrets; take it out before publishing")
