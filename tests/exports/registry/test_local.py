@@ -188,7 +188,7 @@ def test_garbage_collection_spares_a_running_publisher(registry: LocalRegistry, 
             collect_garbage(registry, grace=-60)
         return put(*arguments)  # type: ignore[arg-type]
 
-    registry.put = vanishing  # type: ignore[method-assign]
+    registry.put = vanishing  # type: ignore[method-assign, assignment]
     publish(registry, "tiny", "latest", release)
     assert registry_problems(registry) == []
 
@@ -263,7 +263,7 @@ def test_a_registry_nobody_may_write_to_says_so(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "mkdir", refused)
-    with pytest.raises(InputError, match="cannot write .*permission denied"):
+    with pytest.raises(InputError, match=r"cannot write .*permission denied"):
         publish(registry, "tiny", "latest", release)
 
 
