@@ -9,6 +9,7 @@ file, no dates and no absolute paths, so equal artifacts have equal manifests::
 
 ``fingerprint`` is the sha256 over the sorted names and hashes. Figures measured later go to ``evaluation.json``, which is not
 one of the hashed files and names the fingerprint it belongs to: figures of other bytes are dropped when new ones are recorded.
+Nor are the files that a published release has beside the artifact's (a card, a report), which its ``release.json`` lists.
 No torch here: a gate, a registry and a verifier start in a fraction of a second.
 """
 
@@ -29,6 +30,7 @@ from quantize.errors import InputError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 EVALUATION = "evaluation.json"
+RELEASE = "release.json"
 UNHASHED = (MANIFEST, EVALUATION)
 _NOTHING_MEASURED: dict[str, Any] = {"divergence": None, "tasks": {}, "speed": None}
 _DESCRIBED = ("name", "container", "solver", "bits", "bits_per_weight", "size_bytes", "base", "recipe", "versions")
@@ -198,13 +200,26 @@ def _hashed(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def companions(directory: Path) -> set[str]:
+    """Names of what a release has beside the artifact's own files: ``release.json``, and what it lists with another role.
+
+    That those are as they were published is :mod:`exports.verify`'s to check.
+    """
+    try:
+        files = json.loads((directory / RELEASE).read_bytes())["files"]
+        return {RELEASE, *(name for name, record in files.items() if record["role"] not in ("artifact", "manifest"))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
+
+
 def _names(directory: Path) -> list[str]:
     """Regular files below a directory, sorted; links are not followed, and what is not hashed is left out."""
+    unhashed = {*UNHASHED, *companions(directory)}
     found = []
     for folder, _, files in os.walk(directory):
         paths = [Path(folder, name) for name in files]
         found += [path.relative_to(directory).as_posix() for path in paths if path.is_file() and not path.is_symlink()]
-    return sorted(name for name in found if name not in UNHASHED)
+    return sorted(name for name in found if name not in unhashed)
 
 
 def _odd(directory: Path) -> dict[str, str]:

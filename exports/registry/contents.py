@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from exports.registry.base import Damaged
+from quantize.artifact import is_pickle
 from quantize.errors import InputError
 
 MOST_FILES = 10_000
 _MOST_CHARACTERS = 240  # of a whole name
 _PART = re.compile(r"[A-Za-z0-9_+=@(),\[\] .-]+")
 _RESERVED = re.compile(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?")  # device names on Windows
-_PICKLES = re.compile(r"(?i).*\.(?:pkl|pickle|pk|p|pt|pth|ckpt|joblib|dill|npy|npz|mar|t7)|(?i:pytorch_model.*\.bin)")
+_PICKLES = re.compile(r"(?i).*\.(?:bin|pkl|pickle|pk|p|pt|pt2|pth|ckpt|joblib|dill|npy|npz|mar|t7)")
 _ARCHIVE_HEADS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd")
 _WORTH_PARSING = 2**20  # bytes of a file that are searched for a pickle without a header
 _GLOBALS = {"GLOBAL", "INST", "STACK_GLOBAL"}
@@ -95,7 +96,7 @@ def check_list(names: Iterable[Any], where: str) -> None:
 def pickle_problem(path: Path, name: str | None = None) -> str | None:
     """Why a file counts as a pickle or hides one; None where it does not.
 
-    By name (``.pkl``, ``.pt``, ``pytorch_model.bin`` ...); by content: the header of protocols 2 to 5, an archive (PyTorch's
+    By name (``.pkl``, ``.pt``, ``.bin`` ...); by content: the header of protocols 2 to 5, an archive (PyTorch's
     format is a zip file with a pickle inside, and no other archive belongs into an artifact), or, in the older protocols
     without a header, text that is a program of pickle's machine from first to last instruction and imports something.
     """
@@ -104,15 +105,13 @@ def pickle_problem(path: Path, name: str | None = None) -> str | None:
         return f"{name}: a pickle by its name; only safetensors and GGUF hold tensors here"
     with path.open("rb") as stream:
         head = stream.read(16)
-        if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
-            return f"{name}: a pickle by its content (protocol {head[1]}); only safetensors and GGUF hold tensors here"
         if head.startswith(b"PK\x03\x04") or (head.startswith(b"PK") and zipfile.is_zipfile(path)):
             return f"{name}: a zip file by its content, as PyTorch's pickles are; unpack what belongs into the artifact"
         if head.startswith(_ARCHIVE_HEADS):
             return f"{name}: a compressed archive by its content; unpack what belongs into the artifact"
         stream.seek(0)
-        if _is_old_pickle(stream.read(_WORTH_PARSING)):
-            return f"{name}: a pickle by its content (protocol 0 or 1); only safetensors and GGUF hold tensors here"
+        if is_pickle(path) or _is_old_pickle(stream.read(_WORTH_PARSING)):
+            return f"{name}: a pickle by its content; only safetensors and GGUF hold tensors here"
     return None
 
 

@@ -17,22 +17,22 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from exports.registry.base import CHUNK, MANIFEST_BYTES, Damaged, Entry
 from exports.registry.contents import check_list, directory_names, pickle_problem
 from exports.registry.secrets import holds_secret, known_secrets
+from quantize.artifact import EVALUATION, MANIFEST, RELEASE, companions, read_evaluation, read_manifest
 from quantize.errors import InputError
 
 SCHEMA = 1
 KIND = "quantize release"
-RELEASE = "release.json"
 SUMS = "SHA256SUMS"
 CARD = "README.md"
 _TEXT_BYTES = 64 * 2**20  # files up to this size are searched for secrets, of larger ones the head
-_ROLES = {"manifest.json": "manifest", "evaluation.json": "evaluation"}
+_ROLES = {MANIFEST: "manifest", EVALUATION: "evaluation"}
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
@@ -68,20 +68,20 @@ def assemble(
 
     Args:
         artifact: the artifact's directory, as it was exported.
-        extras: role and bytes of the files beside it, by name; they may replace the artifact's own README.md.
+        extras: role and bytes of the files beside it, by name.
         facts: what ``release.json`` shall say: JSON values.
         sign: gets the bytes of SHA256SUMS and gives signature files, by name.
 
     Raises:
         Damaged: a name that is not allowed, a link, a pickle.
-        InputError: no artifact's directory, or a file with one of the environment's secrets in it.
+        InputError: no artifact's directory, figures of other bytes, or a file with one of the environment's secrets in it.
     """
-    names = [name for name in directory_names(artifact) if name not in (RELEASE, SUMS, *extras)]
+    names = _artifact_names(artifact)
     check_list([*names, *extras, SUMS, RELEASE], str(artifact))
     problems = [problem for name in names if (problem := pickle_problem(artifact / name, name))]
     if problems:
         raise Damaged(f"{artifact}: {'; '.join(problems)}")
-    listed = _listed_hashes(artifact)
+    listed = read_manifest(artifact)["files"]
     entries = [_entry(artifact / name, name, listed.get(name)) for name in names]
     entries += [Entry.of_data(name, data, role) for name, (role, data) in extras.items()]
     _refuse_secrets(entries)
@@ -146,20 +146,24 @@ def _parse_entry(name: str, record: Any, where: str) -> Entry:
     raise Damaged(f"{where}: {RELEASE} lists {name!r} without a sha256 of 64 hex digits, a size in bytes and a role")
 
 
-def _listed_hashes(artifact: Path) -> dict[str, str]:
-    """The sha256 of every file, as the artifact's own manifest has it; empty without one. Pushing checks them."""
-    try:
-        files = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["files"]
-        return {name: record["sha256"] for name, record in files.items() if _HEX.fullmatch(record["sha256"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+def _artifact_names(artifact: Path) -> list[str]:
+    """The artifact's own files, its manifest and its figures; all that is listed, and nothing else."""
+    manifest, evaluation = read_manifest(artifact), read_evaluation(artifact)
+    if evaluation is not None and evaluation.get("artifact_fingerprint") != manifest["fingerprint"]:
+        raise InputError(f"{artifact / EVALUATION} is of other bytes than {MANIFEST}; evaluate again, or delete it")
+    listed = {*manifest["files"], MANIFEST, *([EVALUATION] if evaluation is not None else [])}
+    found = set(directory_names(artifact)) - (companions(artifact) - listed)
+    problems = [f"{name!r}: missing" for name in sorted(listed - found)]
+    problems += [f"{name!r}: not listed in {MANIFEST}" for name in sorted(found - listed)]
+    if problems:
+        raise Damaged(f"{artifact}: {'; '.join(problems[:10])}; export the artifact again")
+    return sorted(found)
 
 
-def _entry(path: Path, name: str, sha256: str | None) -> Entry:
-    if sha256 is None:
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return Entry(name, sha256, path.stat().st_size, _ROLES.get(name, "artifact"), path=path)
+def _entry(path: Path, name: str, listed: Mapping[str, Any] | None) -> Entry:
+    if listed is not None:
+        return Entry(name, listed["sha256"], listed["bytes"], "artifact", path=path)
+    return replace(Entry.of_data(name, path.read_bytes(), _ROLES[name]), path=path, data=None)
 
 
 def _refuse_secrets(entries: Sequence[Entry]) -> None:

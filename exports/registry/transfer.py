@@ -11,7 +11,8 @@ from exports.registry import connect
 from exports.registry.base import Damaged, Entry, NotFound, Registry
 from exports.registry.contents import directory_names, list_problems, pickle_problem
 from exports.registry.names import Reference
-from exports.registry.release import RELEASE, Release, parse_release
+from exports.registry.release import Release, parse_release
+from quantize.artifact import RELEASE
 from quantize.atomic import disk_error, files_below
 from quantize.errors import InputError
 

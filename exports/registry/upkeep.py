@@ -10,7 +10,8 @@ from pathlib import Path
 from exports.registry.base import Entry, NotFound
 from exports.registry.contents import pickle_problem
 from exports.registry.local import LocalRegistry
-from exports.registry.release import RELEASE, parse_release
+from exports.registry.release import parse_release
+from quantize.artifact import RELEASE
 from quantize.errors import InputError
 
 GRACE = 24 * 3600.0  # seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -12,9 +11,19 @@ import pytest
 
 from exports.registry.local import LocalRegistry, connect
 from exports.registry.release import Release, assemble
+from quantize.artifact import write_manifest
 
 MakeArtifact = Callable[..., Path]
 FACTS = {"name": "tiny-int4"}
+DESCRIPTION = {
+    "container": "gptq",
+    "grid": None,
+    "bits": 4,
+    "bits_per_weight": 4.5,
+    "base": {"name": "tiny", "license": "apache-2.0", "sha256": "0" * 64},
+    "recipe": {},
+    "versions": {},
+}
 
 
 @pytest.fixture
@@ -32,11 +41,8 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
             (folder / f"model-{number}.safetensors").write_bytes(weights)
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "seed": seed}))
         (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "padding": "x" * 500}))
-        listed = {
-            path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
-            for path in sorted(folder.iterdir())
-        }
-        (folder / "manifest.json").write_text(json.dumps({"schema": 1, "name": name, "files": listed}))
+        solver = {"name": "gptq", "bits": 4}
+        write_manifest(folder, {**DESCRIPTION, "name": name, "solver": solver, "size_bytes": files * size})
         return folder
 
     return make

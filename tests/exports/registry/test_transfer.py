@@ -15,8 +15,10 @@ import pytest
 from exports.registry.base import Damaged, Entry, NotFound
 from exports.registry.local import LocalRegistry
 from exports.registry.names import Reference
-from exports.registry.release import RELEASE, Release, assemble, manifest_bytes, parse_release
+from exports.registry.release import Release, assemble, manifest_bytes, parse_release
 from exports.registry.transfer import directory_problems, publish, pull, reference_problems
+from quantize.artifact import RELEASE, fingerprint, record_evaluation
+from quantize.artifact import problems as artifact_problems
 from quantize.errors import InputError
 
 MakeRelease = Callable[..., Release]
@@ -196,10 +198,18 @@ def test_an_artifact_with_a_link_a_pickle_or_a_secret_is_not_released(
     make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = make_artifact()
-    (artifact / "weights.pt").write_bytes(b"")
-    with pytest.raises(Damaged, match=r"weights\.pt: a pickle by its name"):
+    (artifact / "stray.json").write_text("{}")
+    with pytest.raises(Damaged, match=r"'stray\.json': not listed"):
         assemble(artifact, {}, {})
-    (artifact / "weights.pt").unlink()
+    (artifact / "stray.json").unlink()
+    weights = (artifact / "model-0.safetensors").read_bytes()
+    (artifact / "model-0.safetensors").write_bytes(pickle.dumps(_Evil(), 4))
+    with pytest.raises(Damaged, match=r"model-0\.safetensors: a pickle by its content"):
+        assemble(artifact, {}, {})
+    (artifact / "model-0.safetensors").unlink()
+    with pytest.raises(Damaged, match=r"'model-0\.safetensors': missing"):
+        assemble(artifact, {}, {})
+    (artifact / "model-0.safetensors").write_bytes(weights)
     (artifact / "link.json").symlink_to("config.json")
     with pytest.raises(Damaged, match=r"link\.json"):
         assemble(artifact, {}, {})
@@ -239,6 +249,31 @@ def test_a_manifest_of_another_kind_is_refused(make_artifact: MakeArtifact, chan
 def test_what_is_no_json_is_refused(text: bytes) -> None:
     with pytest.raises(Damaged, match=r"here: release\.json"):
         parse_release(text, "here")
+
+
+def test_figures_of_other_bytes_are_not_published(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact()
+    record_evaluation(artifact, {"ppl": 10.0})
+    assert "evaluation" in {entry.role for entry in assemble(artifact, {}, {}).entries}
+    (artifact / "evaluation.json").write_text('{"artifact_fingerprint": "0"}')
+    with pytest.raises(InputError, match="of other bytes"):
+        assemble(artifact, {}, {})
+
+
+def test_a_pulled_artifact_is_still_an_artifact(registry: LocalRegistry, make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    record_evaluation(artifact, {"ppl": 10.0})
+    extras = {"README.md": ("card", b"# Tiny"), "report.json": ("report", b"{}")}
+    reference, _ = publish(registry, "tiny", "latest", assemble(artifact, extras, {}))
+    pull(reference, tmp_path / "pulled")
+    assert artifact_problems(tmp_path / "pulled") == []
+    assert fingerprint(tmp_path / "pulled") == fingerprint(artifact)
+    # It can be published again, with other files beside it.
+    again = assemble(tmp_path / "pulled", {"README.md": ("card", b"# Other")}, {})
+    assert {entry.name for entry in again.entries} >= {"README.md", "evaluation.json", "manifest.json"}
+    assert "report.json" not in {entry.name for entry in again.entries}
+    (tmp_path / "pulled" / "stray.py").write_text("")
+    assert artifact_problems(tmp_path / "pulled") == ["stray.py: not listed in manifest.json"]
 
 
 def test_a_release_that_is_not_there(registry: LocalRegistry, tmp_path: Path) -> None:
