@@ -166,6 +166,10 @@ class Registry(ABC):
             Damaged: the bytes are not those of the digest.
         """
 
+    def path(self, name: str, entry: Entry) -> Path | None:
+        """Where a file's bytes lie on this machine, not checked and only to be read; None where they have to be fetched."""
+        return None
+
     @abstractmethod
     def fetch(self, name: str, digest: str, entry: Entry, target: Path) -> None:
         """Write one file of the release ``digest`` to ``target``, which does not exist; ``entry`` has no bytes.

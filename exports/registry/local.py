@@ -106,6 +106,11 @@ class LocalRegistry(Registry):
                 "delete that blob and publish again"
             )
 
+    def path(self, name: str, entry: Entry) -> Path | None:
+        """The blob, where it is there."""
+        blob = self.blob(entry.sha256)
+        return blob if blob.is_file() else None
+
     def blob(self, digest: str) -> Path:
         """The path of a blob, there or not."""
         digest = digest.removeprefix("sha256:")
