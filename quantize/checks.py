@@ -128,6 +128,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     if not 0 < solver.damp_percent < 1:
         raise InputError(f"{key}.solver.damp_percent={solver.damp_percent} is not inside (0, 1); use 0.01")
     _at_least(f"{key}.solver.block_size", solver.block_size, 1, 128)
+    _at_least(f"{key}.solver.refits", solver.refits, 0, 2)
     for pattern in solver.skip:
         _check_pattern(f"{key}.solver.skip", pattern)
 

@@ -79,6 +79,7 @@ class SolverConfig:
     block_size: int = 128
     outlier_threshold: float = 6.0  # llm_int8
     double_quant: bool = False  # nf4
+    refits: int = 0  # gptq: times that scales are fitted to the codes and the columns rounded anew
     # null: as `quality` says
     search_steps: int | None = None
     gptaq_alpha: float | None = None
@@ -111,6 +112,7 @@ class VariantSolverConfig(SolverConfig):
     block_size: int = II("solver.block_size")
     outlier_threshold: float = II("solver.outlier_threshold")
     double_quant: bool = II("solver.double_quant")
+    refits: int = II("solver.refits")
     search_steps: int | None = II("solver.search_steps")
     gptaq_alpha: float | None = II("solver.gptaq_alpha")
     tune_epochs: int | None = II("solver.tune_epochs")

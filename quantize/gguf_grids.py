@@ -172,7 +172,7 @@ class GgufGrid(Grid):
 
     def allows(self, scale: Tensor) -> Tensor:
         """Where a scale is one that the grid can have, before it is rounded."""
-        usable = torch.isfinite(scale) & (scale.abs() >= _FP16_LEAST)
+        usable = (scale.abs() <= _FP16.max) & (scale.abs() >= _FP16_LEAST)
         return usable & (scale > 0) if self.real_zeros or self.kind == "Q8_0" else usable
 
     def round_scale(self, scale: Tensor) -> Tensor:

@@ -137,6 +137,10 @@ class Grid:
             )
         return scale.to(self.scale_dtype).float().clamp(min=info.smallest_normal * info.eps)
 
+    def allows(self, scale: Tensor) -> Tensor:
+        """Where a scale is one that the grid can have, before it is rounded."""
+        return torch.isfinite(scale) & (scale > 0) & (scale <= torch.finfo(self.scale_dtype).max)
+
     def settle(self, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
         """What is stored of a layer's scales and zero points, float32 ``[rows, groups]`` each."""
         return self.round_scale(scales), zeros

@@ -180,6 +180,7 @@ def solver_options(config: RunConfig, variant: VariantConfig) -> SolverOptions:
         damp_percent=solver.damp_percent,
         block_size=solver.block_size,
         search_steps=chosen("search_steps"),
+        refits=solver.refits,
         gptaq_alpha=chosen("gptaq_alpha") if SOLVERS[solver.name].makes_good else 0.0,
         tune_epochs=chosen("tune_epochs"),
         input_activations=solver.input_activations,

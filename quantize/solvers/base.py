@@ -23,6 +23,7 @@ class SolverOptions:
         search_steps: candidates of the Hessian-weighted scale search (AWQ: of clipping) besides the min-max range; 0 takes
             min-max.
         search_range: the largest shrinkage of the range that is tried, in [0, 1).
+        refits: times that scales are fitted to the codes by least squares and the columns rounded anew.
         gptaq_alpha: share of the inputs' error that the weights are to make good, 0 (none) to 1 (all).
         tune_epochs: passes over the calibration windows in which a block's scales and norms are tuned together.
         input_activations: ``none``, ``dynamic``, ``static``: how inputs are quantized (:mod:`quantize.activations`).
@@ -42,6 +43,7 @@ class SolverOptions:
     block_size: int = 128
     search_steps: int = 40
     search_range: float = 0.6
+    refits: int = 0
     gptaq_alpha: float = 0.0
     tune_epochs: int = 0
     input_activations: str = "none"

@@ -10,9 +10,10 @@ the Cholesky form of the paper's algorithm 1)::
 The sum of ``e_j^2`` over all columns is exactly the layer's loss. Updates beyond the current block of ``block_size`` columns
 are saved up and applied as one matrix product ("lazy batch updates").
 
-One thing goes past the paper, and leaves its loss and its format alone. The inputs of a layer are themselves damaged by the
+Two things go past the paper, and leave its loss and its format alone. The inputs of a layer are themselves damaged by the
 quantization of earlier layers; :func:`make_good` moves the target so that the layer's *output* stays what it was in the
-unquantized model (the objective of GPTAQ, arXiv:2504.02692, reached in closed form).
+unquantized model (the objective of GPTAQ, arXiv:2504.02692, reached in closed form). And scales can be fitted to the codes, and
+the columns rounded anew, where that lowers a row's loss (:mod:`quantize.solvers.refit`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from quantize.grids import Grid, QuantizedTensor
 from quantize.solvers.base import LayerProblem, Solver, SolverOptions
+from quantize.solvers.refit import fitted_scales
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,18 @@ def solve(problem: LayerProblem) -> list[QuantizedTensor]:
         weight += shift
 
     codes, scales, zeros, loss = feed_back(weight, factor, hessian.diagonal(), grid, plan, options)
-    log.debug("%s: loss %.4g", problem.names[0], loss)
+    if options.refits:
+        # The loss that is fed back is the damped Hessian's.
+        hessian.diagonal().add_(damping(options, len(hessian), problem.tokens) * hessian.diagonal().mean())
+    for _ in range(options.refits):
+        fitted = fitted_scales(weight, codes, scales, zeros, plan.groups, hessian, grid)
+        trial = feed_back(weight, factor, hessian.diagonal(), grid, plan, options, grid.settle(fitted, zeros))
+        better = (trial[3] < loss)[:, None]
+        codes, scales, zeros = (
+            torch.where(better, new, old) for new, old in zip(trial[:3], (codes, scales, zeros), strict=True)
+        )
+        loss = torch.minimum(loss, trial[3])
+    log.debug("%s: loss %.4g", problem.names[0], float(loss.sum()))
 
     original = torch.argsort(plan.order)
     sizes = [w.shape[0] for w in problem.weights]
@@ -180,8 +193,14 @@ def make_good(weight: Tensor, drift: Tensor, factor: Tensor, order: Tensor) -> T
 
 
 def feed_back(
-    weight: Tensor, factor: Tensor, importance: Tensor, grid: Grid, plan: ColumnPlan, options: SolverOptions
-) -> tuple[Tensor, Tensor, Tensor, float]:
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    grid: Grid,
+    plan: ColumnPlan,
+    options: SolverOptions,
+    params: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round all columns in order, each with the error of those before it fed back.
 
     Args:
@@ -191,9 +210,10 @@ def feed_back(
         grid: the grid.
         plan: which columns share a scale, and whether scales are found before rounding.
         options: ``block_size`` (raised to a multiple of the group size where one does not divide the other) and the search.
+        params: scales and zeros to round with, float32 ``[rows, groups]`` each; None searches for them.
 
     Returns:
-        codes uint8 ``[rows, columns]``, scales and zeros float32 ``[rows, groups]``, and the loss ``sum e^2``.
+        codes uint8 ``[rows, columns]``, scales and zeros float32 ``[rows, groups]``, and the loss ``sum e^2`` of each row.
     """
     rows, columns = weight.shape
     size, block_size, search = grid.columns_per_group(columns), options.block_size, (options.search_steps, options.search_range)
@@ -202,24 +222,28 @@ def feed_back(
     # Column j of the layer is row j here: one column's work then touches consecutive memory.
     remaining = weight.t().contiguous()
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(grid.num_groups(columns), rows, device=weight.device)
-    zeros = torch.empty_like(scales)
+    searches = params is None
+    if params is None:
+        scales = torch.empty(grid.num_groups(columns), rows, device=weight.device)
+        zeros = torch.empty_like(scales)
+    else:
+        scales, zeros = (tensor.t().contiguous() for tensor in params)
 
     def choose_scale(group: int, members: Tensor) -> None:
         scales[group], zeros[group] = grid.find_params(remaining[members].t().contiguous(), importance[members], *search)
 
     group_of: list[int] = plan.groups.tolist()
-    if plan.static:
+    if searches and plan.static:
         for group in range(len(scales)):
             choose_scale(group, torch.nonzero(plan.groups == group)[:, 0])
         scales, zeros = (tensor.t().contiguous() for tensor in grid.settle(scales.t(), zeros.t()))
-    loss = 0.0
+    loss = torch.zeros(rows, device=weight.device)
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         errors = torch.empty(end - start, rows, device=weight.device)
         for j in range(start, end):
             group = group_of[j]
-            if not plan.static and (j == 0 or group != group_of[j - 1]):
+            if searches and not plan.static and (j == 0 or group != group_of[j - 1]):
                 choose_scale(group, torch.arange(j, min(j + size, columns), device=weight.device))
             scale, zero = scales[group], zeros[group]
             code = grid.encode(remaining[j], scale, zero)
@@ -229,7 +253,7 @@ def feed_back(
             if j + 1 < end:
                 remaining[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
         remaining[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
-        loss += float(errors.square().sum())
+        loss += errors.square().sum(0)
     return codes.t(), scales.t(), zeros.t(), loss
 
 
