@@ -38,8 +38,8 @@ def fitted_scales(
         float32 ``[rows, groups]``.
     """
     rows = max(1, _SYSTEM_ELEMENTS // scales.shape[1] ** 2)
-    parts = zip(*(tensor.split(rows) for tensor in (target, codes, scales, zeros)), strict=True)
-    fitted = torch.cat([_fit(*part, groups, hessian) for part in parts])
+    parts = [slice(first, first + rows) for first in range(0, len(target), rows)]
+    fitted = torch.cat([_fit(target[part], codes[part], scales[part], zeros[part], groups, hessian) for part in parts])
     return torch.where(grid.allows(fitted), fitted, scales)
 
 

@@ -37,7 +37,9 @@ pytestmark = [
 
 
 def opened(file: Path) -> TransformersArtifact:
-    return CONSUMER.for_evaluation(CONSUMER.load(file.parent, "cpu"))
+    loaded = CONSUMER.for_evaluation(CONSUMER.load(file.parent, "cpu"))
+    assert isinstance(loaded, TransformersArtifact)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,8 @@ def prompt(f16: Path) -> list[int]:
 def greedy(file: Path, prompt: list[int]) -> list[int]:
     """Transformers' greedy continuation."""
     ids = torch.tensor([prompt])
-    return (
-        opened(file).model.generate(ids, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)[0, len(prompt) :].tolist()
-    )
+    said = opened(file).model.generate(ids, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False)
+    return list(said[0, len(prompt) :].tolist())
 
 
 @torch.no_grad()
