@@ -179,6 +179,7 @@ def test_every_solver_field_is_inherited() -> None:
         "skip": "[x]",
         "outlier_threshold": "4.5",
         "double_quant": "true",
+        "refits": "1",
     }
     config = recipe("gptq", *CT, "solver=rtn", *(f"solver.{key}={value}" for key, value in changed.items()))
     assert vars(config.variants["gptq"].solver) == vars(config.solver)
