@@ -1,25 +1,63 @@
-"""Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over a sequence's cached keys and values."""
+"""Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over a sequence's keys and values: the default."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """``softmax(Q K^T / sqrt(head_dim)) V``; query ``i`` of ``n`` sees all but the last ``n - 1 - i`` keys.
+class Attention(Protocol):
+    """What a cache calls for one sequence; :func:`attend` is the default, its equals are interchangeable."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``softmax(Q K^T / sqrt(head_dim)) V``.
+
+        Args:
+            queries: ``[tokens, heads, head_dim]``, the newest tokens of the sequence.
+            keys, values: ``[kv_heads, length, head_dim]``; ``heads`` is a multiple of ``kv_heads``. Types narrower than the
+                queries' are widened.
+            mask: bool ``[tokens, length]``, true where a query may look, at least once a row. By default query ``i`` of ``n``
+                sees all but the last ``n - 1 - i`` keys (``length >= tokens``).
+
+        Returns:
+            ``[tokens, heads * head_dim]`` in the queries' type.
+        """
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:class:`Attention` by torch's fused kernel, or, at one query, written out."""
+    if keys.dtype != queries.dtype:
+        keys, values = keys.to(queries.dtype), values.to(queries.dtype)
+    if queries.shape[0] == 1 and mask is None:
+        return _attend_one(queries, keys, values)
+    return _attend_many(queries, keys, values, mask)
+
+
+def causal_mask(tokens: int, length: int, device: torch.device | None = None) -> Tensor:
+    """Bool ``[tokens, length]``: query ``i`` sees keys up to ``length - tokens + i``."""
+    return torch.ones(tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
+
+
+def attend_each(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """One query of each of several sequences, whose keys lie in one buffer of equal lengths.
 
     Args:
-        queries: ``[tokens, heads, head_dim]``, the newest tokens of the sequence.
-        keys, values: ``[kv_heads, length, head_dim]``, ``length >= tokens``; ``heads`` is a multiple of ``kv_heads``.
+        queries: ``[sequences, heads, head_dim]``.
+        keys, values: ``[sequences, kv_heads, length, head_dim]``, finite also where nothing is stored.
+        bias: ``[sequences, 1, 1, length]`` in the queries' type: 0 where a sequence has a key, ``-inf`` behind its end.
 
     Returns:
-        ``[tokens, heads * head_dim]`` in the queries' type.
+        ``[sequences, heads * head_dim]`` in the queries' type.
     """
     if keys.dtype != queries.dtype:
         keys, values = keys.to(queries.dtype), values.to(queries.dtype)
-    return _attend_one(queries, keys, values) if queries.shape[0] == 1 else _attend_many(queries, keys, values)
+    sequences, kv_heads, _, head_dim = keys.shape
+    grouped = queries.reshape(sequences, kv_heads, -1, head_dim)
+    scores = torch.matmul(grouped * head_dim**-0.5, keys.transpose(2, 3)).add_(bias)
+    return torch.matmul(torch.softmax(scores, -1), values).view(sequences, -1)
 
 
 def _attend_one(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -33,11 +71,10 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.bmm(torch.softmax(scores, -1), values).view(1, -1)
 
 
-def _attend_many(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _attend_many(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     tokens, length = queries.shape[0], keys.shape[1]
-    mask = None
-    if length != tokens:  # SDPA's is_causal aligns the mask with the first key, a continued sequence with the last
-        mask = torch.ones(tokens, length, dtype=torch.bool, device=queries.device).tril(length - tokens)
+    if mask is None and length != tokens:  # is_causal aligns the mask with the first key, a continued sequence with the last
+        mask = causal_mask(tokens, length, queries.device)
     out = functional.scaled_dot_product_attention(
         queries.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )

@@ -75,10 +75,10 @@ def generate(
     sampling = sampling or Sampling()
     stop = engine.model.config.stop_tokens if stop is None else stop
     # The last token is not fed back, so it needs no room.
-    if len(prompt) + max_new_tokens - 1 > engine.cache.max_tokens:
+    if len(prompt) + max_new_tokens - 1 > engine.max_tokens:
         raise InputError(
             f"max_new_tokens={max_new_tokens} after a prompt of {len(prompt)} does not fit into max_tokens="
-            f"{engine.cache.max_tokens}; use at most {max(0, engine.cache.max_tokens - len(prompt) + 1)}"
+            f"{engine.max_tokens}; use at most {max(0, engine.max_tokens - len(prompt) + 1)}"
         )
     if max_new_tokens < 1:
         return

@@ -1,6 +1,7 @@
 """The decoder of Llama and its kin (Touvron et al. 2023, arXiv:2302.13971): RMSNorm, rotary attention, SwiGLU.
 
-One sequence at a time; a batch dimension there is none. Weights that share an input are one matrix (``qkv``, ``gate_up``).
+There is no batch dimension: tokens of all sequences are rows of one matrix, and only attention, which is the context's
+(:mod:`inference.context`), tells sequences apart. Weights that share an input are one matrix (``qkv``, ``gate_up``).
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from inference.attention import attend
 from inference.config import ModelConfig
-from inference.kv_cache import KVCache
+from inference.context import Context
 from inference.linear import Linear, tensor_bytes
 from inference.norm import RMSNorm
 from inference.rope import rope_table, rotate
@@ -68,33 +68,29 @@ class Model:
         """Where the weights are."""
         return self.embedding.device
 
-    def forward(self, tokens: Tensor, cache: KVCache, every_position: bool = False) -> Tensor:
-        """Run ``tokens`` behind what ``cache`` holds, and add them to it.
+    def forward(self, tokens: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
+        """Run the new tokens of ``context``'s sequences and add them to it.
 
         Args:
-            tokens: int64 ``[n]``, n >= 1.
-            cache: this sequence's; its length grows by n.
-            every_position: logits of every token, not of the last alone.
+            tokens: int64 ``[total]``, packed sequence after sequence as ``context.counts`` says, at least one.
+            context: positions, keys and values; used up by the call.
+            rows: int64 ``[n]``, the packed tokens whose logits are wanted, all by default
+                (:func:`~inference.context.last_rows`).
 
         Returns:
-            Logits in the compute type, ``[n, vocab_size]`` or ``[1, vocab_size]``.
-
-        Raises:
-            InputError: the cache has no room for n more tokens.
+            Logits in the compute type, ``[n, vocab_size]`` or ``[total, vocab_size]``.
         """
-        cache.check_room(len(tokens))
-        start, end = cache.length, cache.length + len(tokens)
-        cosine, sine = self._cosine[start:end], self._sine[start:end]
+        cosine, sine = self._cosine[context.positions], self._sine[context.positions]
         hidden = functional.embedding(tokens, self.embedding).to(self.dtype)
         for index, block in enumerate(self.blocks):
-            hidden = hidden + self._attention(block, index, block.input_norm(hidden), cosine, sine, cache)
+            hidden = hidden + self._attention(block, index, block.input_norm(hidden), cosine, sine, context)
             hidden = hidden + self._feed_forward(block, block.post_norm(hidden))
-        cache.length = end
-        if not every_position:
-            hidden = hidden[-1:]
+        context.advance()
+        if rows is not None:
+            hidden = hidden[rows]
         return self.head(self.norm(hidden))
 
-    def _attention(self, block: Block, layer: int, x: Tensor, cosine: Tensor, sine: Tensor, cache: KVCache) -> Tensor:
+    def _attention(self, block: Block, layer: int, x: Tensor, cosine: Tensor, sine: Tensor, context: Context) -> Tensor:
         config = self.config
         rotated = config.num_heads + config.num_kv_heads  # queries and keys are turned, values are not
         heads = block.qkv(x).view(len(x), -1, config.head_dim)
@@ -102,8 +98,8 @@ class Model:
         if block.head_norms is not None:
             queries_keys = block.head_norms(queries_keys)
         queries_keys = rotate(queries_keys, cosine, sine)
-        keys, values = cache.append(layer, queries_keys[:, config.num_heads :], heads[:, rotated:])
-        return block.o(attend(queries_keys[:, : config.num_heads], keys, values))
+        context.append(layer, queries_keys[:, config.num_heads :], heads[:, rotated:])
+        return block.o(context.attend(layer, queries_keys[:, : config.num_heads]))
 
     def _feed_forward(self, block: Block, x: Tensor) -> Tensor:
         gate, up = block.gate_up(x).chunk(2, -1)

@@ -48,7 +48,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -> Pat
 @torch.inference_mode()
 def every_logit(model: Model, tokens: list[int]) -> Tensor:
     """Logits of every position."""
-    return model.forward(torch.tensor(tokens), KVCache(model.config, 64, model.dtype), every_position=True)
+    return model.forward(torch.tensor(tokens), KVCache(model.config, 64, model.dtype).context([len(tokens)]))
 
 
 def reference(artifact: Path, tokens: list[int]) -> Tensor:

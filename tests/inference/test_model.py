@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -16,10 +17,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 
 from inference.attention import attend
 from inference.config import read_config
+from inference.context import Uncached, last_rows
 from inference.engine import Engine
 from inference.generate import generate
 from inference.kv_cache import KVCache
 from inference.load import LoadOptions, load
+from inference.model import Model
 from inference.norm import RMSNorm
 from inference.rope import rope_table
 from quantize.errors import InputError
@@ -61,6 +64,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return path
 
 
+@functools.cache
+def tiny_model(path: Path) -> Model:
+    """One model for all examples."""
+    return load(path)
+
+
 def reference(checkpoint: Path, tokens: list[int]) -> Tensor:
     """transformers' float32 logits of every position."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -72,7 +81,7 @@ def reference(checkpoint: Path, tokens: list[int]) -> Tensor:
 def every_logit(checkpoint: Path, tokens: list[int], options: LoadOptions | None = None) -> Tensor:
     """The engine's logits of every position, from one prefill."""
     model = load(checkpoint, options)
-    return model.forward(torch.tensor(tokens), KVCache(model.config, 64, model.dtype), every_position=True)
+    return model.forward(torch.tensor(tokens), KVCache(model.config, 64, model.dtype).context([len(tokens)]))
 
 
 def test_prefill_gives_transformers_logits(checkpoint: Path) -> None:
@@ -92,8 +101,66 @@ def test_a_prompt_in_pieces_gives_the_same_logits(checkpoint: Path) -> None:
     model = load(checkpoint)
     cache = KVCache(model.config, 64)
     with torch.inference_mode():
-        pieces = [model.forward(torch.tensor(part), cache, every_position=True) for part in (TOKENS[:5], TOKENS[5:])]
+        pieces = [model.forward(torch.tensor(part), cache.context([len(part)])) for part in (TOKENS[:5], TOKENS[5:])]
     torch.testing.assert_close(torch.cat(pieces), reference(checkpoint, TOKENS), atol=1e-4, rtol=0)
+
+
+def test_chunks_of_any_size_give_the_same_logits(checkpoint: Path) -> None:
+    engine = Engine(load(checkpoint), 64)
+    wanted = engine.prefill(TOKENS)
+    for chunk in (1, 5, len(TOKENS), 100):
+        torch.testing.assert_close(engine.prefill(TOKENS, chunk), wanted, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="chunk=0 tokens makes no progress; use 1 or more"):
+        engine.prefill(TOKENS, 0)
+
+
+def test_without_a_cache_the_text_is_the_same(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    engine = Engine(model, 64, use_cache=False)
+    assert engine.cache is None
+    assert list(generate(engine, TOKENS, 20)) == list(generate(Engine(model, 64), TOKENS, 20))
+    torch.testing.assert_close(engine.prefill(TOKENS), reference(checkpoint, TOKENS)[-1], atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match=r"0 \+ 13 tokens do not fit into max_tokens=12"):
+        Engine(model, 12, use_cache=False).prefill([*TOKENS, 3])
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_packed_sequences_are_each_what_they_are_alone(tiny_llama: Path, data: st.DataObject) -> None:
+    """Sequences join, grow by any number of tokens at a time, and change slots' order; each has the logits it has alone."""
+    model = tiny_model(tiny_llama)
+    slots = data.draw(st.integers(1, 4))
+    cache = KVCache(model.config, 32, slots=slots)
+    texts: list[list[int]] = [[] for _ in range(slots)]
+    for _ in range(data.draw(st.integers(1, 4))):
+        chosen = data.draw(st.lists(st.integers(0, slots - 1), min_size=1, unique=True))
+        single = data.draw(st.booleans())
+        added = [data.draw(st.lists(st.integers(0, 255), min_size=1, max_size=1 if single else 6)) for _ in chosen]
+        for slot, tokens in zip(chosen, added, strict=True):
+            texts[slot] += tokens
+        counts = [len(tokens) for tokens in added]
+        with torch.inference_mode():
+            packed = torch.tensor([token for tokens in added for token in tokens])
+            found = model.forward(packed, cache.context(counts, chosen), last_rows(counts))
+            for logits, slot in zip(found, chosen, strict=True):
+                alone = model.forward(torch.tensor(texts[slot]), Uncached([len(texts[slot])]))[-1]
+                torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+    whole = [text for text in texts if text]
+    counts = [len(text) for text in whole]
+    with torch.inference_mode():
+        found = model.forward(torch.tensor([token for text in whole for token in text]), Uncached(counts), last_rows(counts))
+    for logits, text in zip(found, whole, strict=True):
+        torch.testing.assert_close(logits, Engine(model, 32).prefill(text), atol=1e-5, rtol=0)
+
+
+def test_a_truncated_sequence_goes_on_from_there(tiny_llama: Path) -> None:
+    model = tiny_model(tiny_llama)
+    cache = KVCache(model.config, 16)
+    with torch.inference_mode():
+        model.forward(torch.tensor([3, 4, 5, 6]), cache.context([4]))
+        cache.truncate(2)
+        found = model.forward(torch.tensor([9]), cache.context([1]))[0]
+    torch.testing.assert_close(found, Engine(model, 16).prefill([3, 4, 9]), atol=1e-5, rtol=0)
 
 
 def test_greedy_text_is_transformers(checkpoint: Path) -> None:
@@ -115,6 +182,7 @@ def test_16_bit_compute_and_cache_stay_close(checkpoint: Path, dtype: torch.dtyp
     wanted = reference(checkpoint, TOKENS)
     spread = float(wanted.std())
     engine = Engine(load(checkpoint, LoadOptions(dtype=dtype)), 64)
+    assert isinstance(engine.cache, KVCache)
     assert engine.cache.keys.dtype == dtype
     assert float((engine.prefill(TOKENS) - wanted[-1]).abs().max()) < 0.1 * spread
     narrow_cache = Engine(load(checkpoint), 64, cache_dtype=dtype)
@@ -156,12 +224,15 @@ def test_a_cache_too_small_or_too_large_is_refused(checkpoint: Path) -> None:
     model = load(checkpoint)
     with pytest.raises(InputError, match="max_tokens=257 is outside the model's context; use 1 to 256"):
         Engine(model, 257)
+    with pytest.raises(InputError, match="slots=0 holds no sequence"):
+        KVCache(model.config, 4, slots=0)
     with pytest.raises(InputError, match=r"dtype=torch.int8 is not supported; use torch.float32"):
         KVCache(model.config, 4, torch.int8)
     engine = Engine(model, 4)
     engine.prefill(TOKENS[:4])
     with pytest.raises(InputError, match=r"4 \+ 1 tokens do not fit into max_tokens=4; make it 5"):
         engine.decode(3)
+    assert engine.cache is not None
     assert engine.cache.nbytes() == 2 * 3 * 2 * 4 * model.config.head_dim * 4
 
 
