@@ -1,11 +1,13 @@
-"""Perplexity of an artifact as its consumer loads it from disk.
+"""Perplexity of an artifact as its consumer loads it from disk, and its divergence from the model it was made from.
 
     python -m eval.perplexity ARTIFACT --text FILE --windows 16 --seq-len 1024
+    python -m eval.perplexity ARTIFACT --text wiki.test.raw --protocol gptq --windows -1
+    python -m eval.perplexity UNQUANTIZED --text FILE --save-reference reference.npz
+    python -m eval.perplexity ARTIFACT --text FILE --reference reference.npz
 
-The protocol: the whole text is tokenised once, without special tokens; windows of ``seq_len`` tokens start every ``stride``
-tokens; in each window only tokens no earlier window has scored count, and the very first token of a window without BOS
-never does (nothing precedes it). ``ppl = exp(sum of -log p / tokens scored)``. With ``stride = seq_len`` windows do not
-overlap: the protocol of the GPTQ paper's code; smaller strides give every token more context and lower figures.
+``ppl = exp(sum of -log p / tokens scored)``, ``word_ppl`` and ``byte_ppl`` the same sum over words and bytes of the text that
+those tokens stand for, ``bits_per_byte`` that sum in bits over bytes. Which tokens are scored, from which context, is the
+protocol's to say: :mod:`eval.protocols`. The divergence is :mod:`eval.divergence`'s.
 """
 
 from __future__ import annotations
@@ -16,164 +18,127 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from calibration.sources import load_text
-from calibration.windows import token_stream
+from eval import reference as references
 from eval.consumers import CONSUMERS
+from eval.consumers.base import LoadedArtifact
+from eval.divergence import Comparison
+from eval.protocols import Plan, plan, window_length
+from eval.scoring import chunked, score
+from quantize.artifact import fingerprint, record_evaluation
 from quantize.checks import check_eval
-from quantize.config import LOG_LEVELS, EvalConfig
+from quantize.config import LOG_LEVELS, PROTOCOLS, EvalConfig
 from quantize.errors import InputError
 from quantize.files import read_json, write_json
-from quantize.logs import progress, quiet_libraries, setup_logging, stdout_to_stderr
+from quantize.logs import quiet_libraries, setup_logging, stdout_to_stderr
 from quantize.manifest import peak_rss_bytes, reset_peak_rss
-
-_SCORE_CHUNK = 128  # positions whose logits are turned to float32 log-probabilities at once
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How perplexity is measured; figures of different protocols cannot be compared.
-
-    Attributes:
-        text: ``builtin`` or the name of a file.
-        part: ``all`` of the text, or the part that calibration never sees, ``heldout``.
-        window: tokens in a window.
-        stride: tokens between the starts of windows.
-        bos: whether BOS is put before each window (and its first token scored).
-        tokens: tokens scored.
-    """
-
-    text: str
-    part: str
-    window: int
-    stride: int
-    bos: bool
-    tokens: int
-
-
-def window_starts(length: int, window: int, stride: int, limit: int | None) -> list[int]:
-    """Starts of the full windows in a stream of ``length`` tokens, at most ``limit`` of them."""
-    return list(range(0, length - window + 1, stride))[:limit]
-
-
-def negative_log_likelihood(
-    logits: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    *,
-    window: int,
-    stride: int,
-    windows: int | None = None,
-    bos_token_id: int | None = None,
-    label: str = "perplexity",
-) -> tuple[float, int]:
-    """Sum of ``-log p`` over the scored tokens, and their number.
-
-    Args:
-        logits: token ids int64 ``[1, n]`` to logits ``[1, n, vocabulary]``.
-        tokens: int64 ``[length]``, the tokenised text.
-        window: tokens in a window.
-        stride: tokens between windows.
-        windows: at most this many; None for all.
-        bos_token_id: put before each window; None for no BOS.
-        label: of the progress bar.
-
-    Raises:
-        InputError: the text has not even one window.
-    """
-    starts = window_starts(len(tokens), window, stride, windows)
-    if not starts or (windows is not None and len(starts) < windows):
-        raise InputError(
-            f"the text has {len(tokens)} tokens, room for {len(starts)} windows of eval.seq_len={window}; "
-            f"use eval.windows={max(len(starts), 1)}, a smaller eval.seq_len or a longer text"
-        )
-    total, count = 0.0, 0
-    for start in progress(starts, label):
-        ids = tokens[start : start + window]
-        first_new = 0 if start == 0 else window - stride
-        if bos_token_id is not None:
-            ids = torch.cat([torch.tensor([bos_token_id]), ids])
-            first_new += 1
-        scored_from = max(first_new, 1)
-        output = logits(ids[None])[0]
-        for low in range(scored_from, len(ids), _SCORE_CHUNK):
-            high = min(low + _SCORE_CHUNK, len(ids))
-            part = output[low - 1 : high - 1].float()
-            total += torch.nn.functional.cross_entropy(part, ids[low:high].to(part.device), reduction="sum").item()
-        count += len(ids) - scored_from
-    return total, count
 
 
 def evaluate_artifact(
     artifact: Path,
+    config: EvalConfig | None = None,
     *,
-    text: str = "builtin",
     part: str | None = None,
     heldout_fraction: float = 0.2,
-    windows: int = 16,
-    seq_len: int = 1024,
-    stride: int | None = None,
-    bos: bool = False,
     device: str = "cpu",
+    reference: Path | None = None,
+    save_reference: Path | None = None,
+    cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Load an artifact in its consumer and measure perplexity and memory.
+    """Load an artifact in its consumer and measure perplexity, memory and, against a reference, divergence.
+
+    Args:
+        artifact: its directory.
+        config: text and protocol.
+        part: ``all``, ``train`` or ``heldout``; None: ``heldout`` of the built-in text, all of a file.
+        heldout_fraction: the size of the held-out part.
+        device: torch's name of it.
+        reference: a file that ``save_reference`` made of another artifact; gives ``divergence``.
+        save_reference: where to store what this artifact says.
+        cache: a directory where tokenised texts are kept.
 
     Returns:
-        ``ppl`` (infinite when the model diverged), ``consumer``, ``protocol``, ``compute_dtype``, ``seconds``,
-        ``peak_rss_bytes`` (of this process while loading, interpreter and libraries included),
-        ``evaluation_peak_rss_bytes``.
+        ``ppl``, ``word_ppl``, ``byte_ppl`` and ``bits_per_byte`` (None when the model diverged; the last three also where the
+        tokenizer does not tell words), ``consumer``, ``protocol``, ``compute_dtype``, ``seconds``, ``peak_rss_bytes`` (of this
+        process while loading, interpreter and libraries included), ``evaluation_peak_rss_bytes``, ``artifact_fingerprint`` and
+        ``divergence`` (None without a reference).
 
     Raises:
-        InputError: the artifact cannot be loaded, or the text is missing or too short.
+        InputError: the artifact cannot be loaded, the text is missing or too short, or the reference is not of this protocol.
     """
-    check_eval(EvalConfig(text, windows, seq_len, stride, bos))
-    part = part or ("heldout" if text == "builtin" else "all")
-    content = _read_text(text, part, heldout_fraction)
+    config = config or EvalConfig()
+    check_eval(config)
+    if reference is not None and save_reference is not None:
+        raise InputError("--reference and --save-reference are two runs; save one of the unquantized model first")
     consumer = CONSUMERS[container_of(artifact)]
+    opened = references.Reference(reference) if reference is not None else None
+    identity = fingerprint(artifact)
     reset_peak_rss()
     loaded = consumer.load(artifact, device)
     load_peak = peak_rss_bytes()
     loaded = consumer.for_evaluation(loaded)
-    if seq_len + bos > loaded.max_tokens:
-        raise InputError(f"eval.seq_len={seq_len} exceeds the model's context of {loaded.max_tokens} tokens; use at most that")
-    bos_token_id = loaded.tokenizer.bos_token_id if bos else None
-    if bos and bos_token_id is None:
-        raise InputError(f"eval.bos=true, but the tokenizer of {artifact} has no BOS token; use eval.bos=false")
+    length = window_length(config)
+    if length + config.bos > loaded.max_tokens:
+        raise InputError(f"eval.seq_len={length} exceeds the model's context of {loaded.max_tokens} tokens; use at most that")
+    planned = plan(config, loaded.tokenizer, part=part, heldout_fraction=heldout_fraction, cache=cache)
+    described = {
+        "name": artifact.name,
+        "artifact_fingerprint": identity,
+        "protocol": asdict(planned.protocol),
+        "tokens_sha256": planned.fingerprint(),
+    }
     started = time.perf_counter()
-    nll, count = negative_log_likelihood(
-        loaded.logits,
-        token_stream(loaded.tokenizer, content),
-        window=seq_len,
-        stride=stride or seq_len,
-        windows=windows,
-        bos_token_id=bos_token_id,
-        label=artifact.name,
-    )
-    mean = nll / count
+    if save_reference is not None:
+        with references.writing(save_reference, config.top_k) as writer:
+            nll = score(chunked(loaded), planned.windows, writer, artifact.name)
+            writer.finish({**described, "consumer": loaded.consumer, "compute_dtype": loaded.compute_dtype})
+        divergence = None
+    else:
+        nll, divergence = _measure(loaded, planned, opened, described)
     return {
-        "ppl": math.exp(mean) if mean < 700 else math.inf,
+        **_perplexities(nll, planned),
         "consumer": loaded.consumer,
-        "protocol": asdict(
-            Protocol(
-                text=text if text == "builtin" else Path(text).name,
-                part=part,
-                window=seq_len,
-                stride=stride or seq_len,
-                bos=bos,
-                tokens=count,
-            )
-        ),
+        "protocol": described["protocol"],
         "compute_dtype": loaded.compute_dtype,
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": load_peak,
         "evaluation_peak_rss_bytes": max(peak_rss_bytes(), load_peak),
+        "artifact_fingerprint": identity,
+        "divergence": divergence,
     }
+
+
+def _measure(
+    loaded: LoadedArtifact, planned: Plan, opened: references.Reference | None, described: dict[str, Any]
+) -> tuple[float, dict[str, Any] | None]:
+    """Sum of ``-log p``, and the divergence where there is a reference."""
+    if opened is None:
+        return score(chunked(loaded), planned.windows, label=described["name"]), None
+    opened.check(described)
+    watcher = Comparison(opened)
+    nll = score(chunked(loaded), planned.windows, watcher, described["name"])
+    opened.close()
+    return nll, watcher.result()
+
+
+def _perplexities(nll: float, planned: Plan) -> dict[str, float | None]:
+    protocol = planned.protocol
+    return {
+        "ppl": _exp(nll, protocol.tokens),
+        "word_ppl": _exp(nll, protocol.words),
+        "byte_ppl": _exp(nll, protocol.bytes),
+        "bits_per_byte": nll / protocol.bytes / math.log(2) if protocol.bytes and math.isfinite(nll) else None,
+    }
+
+
+def _exp(nll: float, count: int | None) -> float | None:
+    """``exp(nll / count)``; None where that is no finite number."""
+    if not count or not math.isfinite(nll) or nll / count > 700:
+        return None
+    return math.exp(nll / count)
 
 
 def container_of(artifact: Path) -> str:
@@ -194,50 +159,51 @@ def container_of(artifact: Path) -> str:
     return str(name)
 
 
-def _read_text(text: str, part: str, heldout_fraction: float) -> str:
-    if text == "builtin" or part != "all":
-        source, path = ("builtin", None) if text == "builtin" else ("text", text)
-        return load_text(source, part, path=path, heldout_fraction=heldout_fraction, key="eval").text
-    try:
-        content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"eval.text={text} cannot be read as UTF-8 text ({error}); give a text file or builtin") from error
-    if not content.strip():
-        raise InputError(f"eval.text={text} is empty; give a text file or builtin")
-    return content
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 0 done, 2 bad input."""
-    parser = argparse.ArgumentParser(prog="python -m eval.perplexity", description="Perplexity of an artifact on disk.")
-    parser.add_argument("artifact", type=Path, help="artifact directory")
-    parser.add_argument("--text", default="builtin", help="text file, or builtin (Python's own documentation topics)")
-    parser.add_argument("--part", choices=("all", "train", "heldout"), help="default: heldout of builtin, all of a file")
-    parser.add_argument("--heldout-fraction", type=float, default=0.2, help="size of the held-out part")
-    parser.add_argument("--windows", type=int, default=16, help="number of windows")
-    parser.add_argument("--seq-len", type=int, default=1024, help="tokens in a window")
-    parser.add_argument("--stride", type=int, help="tokens between windows; default: seq-len")
-    parser.add_argument("--bos", action="store_true", help="put BOS before each window")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--log-level", default="info", choices=LOG_LEVELS)
-    options = vars(parser.parse_args(arguments))
-    output = options.pop("json")
-    options_level = options.pop("log_level")
-    setup_logging(options_level)
+    options = vars(_parser().parse_args(arguments))
+    output, level, record = options.pop("json"), options.pop("log_level"), options.pop("record")
+    config = EvalConfig(
+        **{key: options.pop(key) for key in ("text", "windows", "seq_len", "stride", "bos", "protocol", "top_k")}
+    )
+    artifact = options.pop("artifact")
+    setup_logging(level)
     quiet_libraries()
     try:
         # GPTQModel greets on standard output, which is for the result alone.
-        with stdout_to_stderr(shown=options_level == "debug"):
-            result = evaluate_artifact(**options)
-        result["ppl"] = result["ppl"] if math.isfinite(result["ppl"]) else None
+        with stdout_to_stderr(shown=level == "debug"):
+            result = evaluate_artifact(artifact, config, **options)
         if output:
             write_json(output, result)
+        if record:
+            record_evaluation(artifact, result, known=result["artifact_fingerprint"])
     except InputError as error:
         logging.getLogger("eval").error("%s", error)
         return 2
     print(json.dumps(result, indent=2))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.perplexity", description="Perplexity of an artifact on disk.")
+    parser.add_argument("artifact", type=Path, help="artifact directory")
+    parser.add_argument("--text", default="builtin", help="text file, or builtin (Python's own documentation topics)")
+    parser.add_argument("--protocol", default="windows", choices=PROTOCOLS, help="which tokens are scored, from which context")
+    parser.add_argument("--part", choices=("all", "train", "heldout"), help="default: heldout of builtin, all of a file")
+    parser.add_argument("--heldout-fraction", type=float, default=0.2, help="size of the held-out part")
+    parser.add_argument("--windows", type=int, default=16, help="number of windows (wikitext: of pages); -1: all of the text")
+    parser.add_argument("--seq-len", type=int, help="tokens in a window; default: the protocol's own")
+    parser.add_argument("--stride", type=int, help="tokens between windows; default: the protocol's own")
+    parser.add_argument("--bos", action="store_true", help="put BOS before each window (windows, strided)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
+    parser.add_argument("--save-reference", type=Path, metavar="FILE", help="store what this artifact predicts")
+    parser.add_argument("--top-k", type=int, default=256, help="likeliest tokens stored for each position, one by one")
+    parser.add_argument("--reference", type=Path, metavar="FILE", help="measure the divergence from what was stored")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep tokenised texts here")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--record", action="store_true", help="write the result to the artifact's evaluation.json")
+    parser.add_argument("--log-level", default="info", choices=LOG_LEVELS)
+    return parser
 
 
 if __name__ == "__main__":

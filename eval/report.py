@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 from rich import box
@@ -22,10 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from eval.charts import model_name, pareto_front, render_chart
+from eval.report_page import PAGE
 from quantize.files import atomic_path, write_json, write_text
 
 Json = Mapping[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 _FRONT = "Pareto front: no other variant is smaller or equal and better or equal, ties aside"
 _NUM = ' class="num"'
 _h = html.escape
@@ -37,7 +37,9 @@ class VariantResult:
 
     ``bits``: nominal bits of the quantized layers (4, 16). ``bits_per_weight``: everything counted, weight-file bits
     over parameters. ``compression``: baseline size over this size. ``ppl``: per-token perplexity; NaN or infinity says
-    that the variant diverged. ``ppl_ratio``: over the baseline's, None without one. ``seconds``: wall time of quantize
+    that the variant diverged. ``ppl_ratio``: over the baseline's, None without one. ``kld_mean``: divergence from the baseline,
+    nats a token, and ``top1_agreement``: share of tokens where both find the same one likeliest, both None without one and for
+    the baseline itself. ``seconds``: wall time of quantize
     and export. ``consumer``: program and version that loaded the artifact. ``path``: the artifact, relative.
     ``command``: the shell command that measures ``ppl`` again.
     """
@@ -52,6 +54,8 @@ class VariantResult:
     peak_rss_bytes: int
     ppl: float
     ppl_ratio: float | None
+    kld_mean: float | None
+    top1_agreement: float | None
     seconds: float
     consumer: str
     path: str
@@ -86,11 +90,11 @@ def build_report(variants: Sequence[VariantResult], *, model: Json, protocol: Js
 
 
 def render_table(report: Json) -> Table:
-    """The report as a terminal table: plain characters, meant for a console of 100 columns or more.
+    """The report as a terminal table: plain characters, meant for a console of 120 columns.
 
     Narrower ones fold the words (variant, consumer), never the figures.
     """
-    caption = f"* {_FRONT}\nprotocol: {describe(report['protocol'])}"
+    caption = f"* {_FRONT}\nprotocol: {describe(_short(report['protocol']))}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, show_edge=False)
     table.caption, table.caption_justify, table.caption_style = Text(caption), "left", "dim"
     for column in _COLUMNS:
@@ -158,7 +162,7 @@ def render_html(report: Json, chart: bytes) -> str:
         f"<h3>{_h(row['name'])}</h3><p>{_h(_provenance(row))}</p><pre><code>{_h(row['command'])}</code></pre>"
         for row in report["variants"]
     )
-    return _PAGE.substitute(
+    return PAGE.substitute(
         name=_h(model_name(report)),
         model=_h(describe(report["model"])),
         head=head,
@@ -195,6 +199,13 @@ def show_ratio(value: float | None) -> str:
     return f"{100 * (value - 1):+.2f} %" if value < 1e3 else f"{100 * (value - 1):+.1e} %"
 
 
+def show_divergence(value: float | None) -> str:
+    """A divergence in nats as tables print it, to three figures: ``0.0212``; ``n/a`` without one."""
+    if value is None:
+        return "n/a"
+    return f"{value:.1e}" if 0 < value < 1e-4 else f"{value:#.3g}"
+
+
 _COLUMNS = (
     _Column("variant", "name", str, numeric=False),
     _Column("bits", "bits", lambda bits: f"{bits:g}"),
@@ -203,6 +214,8 @@ _COLUMNS = (
     _Column("compression", "compression", lambda factor: f"{factor:.2f}x"),
     _Column("ppl", "ppl", lambda ppl: "diverged" if ppl is None else show_number(ppl, 2)),
     _Column("ratio", "ppl_ratio", show_ratio),
+    _Column("KLD", "kld_mean", show_divergence),
+    _Column("top-1", "top1_agreement", lambda share: "n/a" if share is None else f"{100 * share:.1f} %"),
     _Column("peak RSS (MiB)", "peak_rss_bytes", lambda size: show_number(size / 2**20, 0)),
     _Column("time (s)", "seconds", lambda seconds: show_number(seconds, 1)),
     _Column("consumer", "consumer", str, numeric=False),
@@ -221,6 +234,11 @@ def _plain(value: Any) -> str:
 
 def _provenance(row: Json) -> str:
     return f"{row['path']} (solver {row['solver']}, container {row['container']}, loaded by {row['consumer']})"
+
+
+def _short(protocol: Json) -> Json:
+    """A protocol without what only programs compare."""
+    return {key: value for key, value in protocol.items() if key != "text_sha256"}
 
 
 def markdown_text(text: str) -> str:
@@ -252,59 +270,3 @@ def _html_row(row: Json, on_front: bool) -> str:
             sort_key = "" if value is None else _h(str(value))
             cells.append(f'<td{_NUM if column.numeric else ""} data-value="{sort_key}">{text}</td>')
     return f"<tr>{''.join(cells)}</tr>"
-
-
-_PAGE = Template("""\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Quantization report: $name</title>
-<style>
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1f2937; --soft: #5b6472; --line: #e3e6eb;
-  --accent: #2563eb }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f1319; --card: #181d26; --ink: #e5e9f0; --soft: #9aa4b2; --line: #2b323e; --accent: #7aa7ff } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 74rem; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif }
-h1 { margin: 0; font-size: 1.75rem; letter-spacing: -.02em } h2 { margin: 2.5rem 0 .75rem; font-size: 1.2rem }
-h3 { margin: 1.25rem 0 0; font-size: 1rem } p, dt, caption { color: var(--soft) } p { margin: .25rem 0 .75rem }
-.card { overflow-x: auto; padding: 1rem; border: 1px solid var(--line); border-radius: 12px; background: var(--card) }
-table { width: 100%; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-caption { caption-side: bottom; padding-top: .75rem; text-align: left; font-size: .85rem }
-th, td { padding: .5rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: baseline }
-th, .num { white-space: nowrap } .num { text-align: right } .mark { color: var(--accent) } h3:first-child { margin: 0 }
-tbody tr:hover { background: color-mix(in srgb, var(--accent) 8%, transparent) }
-th button { padding: 0; border: 0; background: none; color: var(--soft); font: inherit; cursor: pointer }
-[aria-sort=ascending] button::after { content: " ▲" } [aria-sort=descending] button::after { content: " ▼" }
-img { display: block; width: 100%; max-width: 54rem; margin: auto; border-radius: 8px }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 0 }
-dd { margin: 0; overflow-wrap: anywhere } pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }
-</style>
-</head><body>
-<header><h1>Quantization report: $name</h1><p>$model</p></header>
-<main>
-<div class="card" tabindex="0" role="region" aria-label="Results"><table>
-<caption>★ $front. Press a heading to sort.</caption>
-<thead><tr>$head</tr></thead>
-<tbody>$rows</tbody>
-</table></div>
-<h2>Size against quality</h2>
-<div class="card"><img alt="Artifact size against perplexity, as in the table" src="data:image/png;base64,$chart"></div>
-<h2>Protocol</h2><dl class="card">$protocol</dl>
-<h2>How to reproduce</h2><div class="card">$commands</div>
-<h2>Environment</h2><dl class="card">$environment</dl>
-</main>
-<script>
-const heads = [...document.querySelectorAll("thead th")], body = document.querySelector("tbody");
-heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
-  const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1, key = row => row.cells[column].dataset.value;
-  heads.forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-  const compare = head.className ? (a, b) => a - b : (a, b) => a.localeCompare(b);
-  // Rows without a value stay last whichever way the others are sorted.
-  body.append(...[...body.rows].sort((a, b) => (key(a) === "") - (key(b) === "") || sign * compare(key(a), key(b))));
-}));
-</script>
-</body></html>
-""")

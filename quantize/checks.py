@@ -14,6 +14,7 @@ from quantize.config import (
     INPUT_ACTIVATIONS,
     LOG_LEVELS,
     OBSERVERS,
+    PROTOCOLS,
     QUALITIES,
     SEARCH_LOSSES,
     STAGES,
@@ -75,10 +76,22 @@ def check_eval(config: EvalConfig) -> None:
     Raises:
         InputError: names the key, what is allowed, and a value that would work.
     """
-    _at_least("eval.windows", config.windows, 1, 16)
-    _at_least("eval.seq_len", config.seq_len, 2, 1024)
-    if config.stride is not None and not 1 <= config.stride <= config.seq_len:
-        raise InputError(f"eval.stride={config.stride} is not in 1..eval.seq_len={config.seq_len}; leave it null or halve it")
+    _one_of("eval.protocol", config.protocol, tuple(PROTOCOLS))
+    if config.windows != -1:
+        _at_least("eval.windows", config.windows, 1, 16)
+    if config.seq_len is not None:
+        # Of two tokens, llama.cpp scores none.
+        _at_least("eval.seq_len", config.seq_len, 3 if config.protocol == "llamacpp" else 2, PROTOCOLS[config.protocol])
+    _at_least("eval.top_k", config.top_k, 1, 256)
+    free = ("windows", "strided")
+    if config.protocol not in free and (config.bos or config.stride is not None):
+        key = "eval.bos=true" if config.bos else f"eval.stride={config.stride}"
+        raise InputError(
+            f"{key} is not for eval.protocol={config.protocol}, which decides that itself; use {' or '.join(free)}"
+        )
+    length = config.seq_len or PROTOCOLS[config.protocol]
+    if config.stride is not None and not 1 <= config.stride <= length:
+        raise InputError(f"eval.stride={config.stride} is not in 1..eval.seq_len={length}; leave it null or halve it")
 
 
 def _check_variant(key: str, variant: VariantConfig) -> None:

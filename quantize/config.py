@@ -28,6 +28,8 @@ INPUT_ACTIVATIONS = ("none", "dynamic", "static")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEARCH_LOSSES = ("layer", "module")
 DTYPES = ("float32", "bfloat16", "float16")
+# Protocols of perplexity (eval/protocols.py), and the tokens in a window where `eval.seq_len` is null.
+PROTOCOLS = {"windows": 1024, "gptq": 2048, "llamacpp": 512, "strided": 1024, "wikitext": 2048}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -143,13 +145,16 @@ class VariantConfig:
 
 @dataclass
 class EvalConfig:
-    """``eval``: the perplexity protocol."""
+    """``eval``: the protocol of perplexity, and what is measured beside it."""
 
     text: str = "builtin"  # builtin (its held-out part) | FILE
-    windows: int = 16
-    seq_len: int = 1024
-    stride: int | None = None  # null: seq_len (windows do not overlap)
-    bos: bool = False
+    windows: int = 16  # -1: all of the text; of protocol=wikitext: pages
+    seq_len: int | None = None  # null: the protocol's own
+    stride: int | None = None  # null: the protocol's own
+    bos: bool = False  # protocol=windows and strided; the others decide for themselves
+    protocol: str = "windows"  # windows | gptq | llamacpp | strided | wikitext
+    divergence: bool = True  # from the unquantized variant, where the recipe has one
+    top_k: int = 256  # of its likeliest tokens that are stored for it, one by one
 
 
 @dataclass

@@ -7,6 +7,7 @@ demands that the steps before it are finished, so a stage run alone against an u
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from calibration.sources import matching_files
@@ -83,11 +84,42 @@ class StepKeys:
         self.need(f"quantize/{name}", key)
         return step_key("export", key, *stored)
 
+    def baseline(self) -> str | None:
+        """The variant that the others are compared with: the first that is not quantized."""
+        return next((name for name, v in self.config.variants.items() if not SOLVERS[v.solver.name].quantizes), None)
+
+    def compared(self, name: str) -> bool:
+        """Whether a variant's divergence from the baseline is measured."""
+        return self.config.eval.divergence and self.baseline() not in (None, name)
+
+    def stores_reference(self, name: str) -> bool:
+        """Whether a variant's predictions are stored, because another is compared with them."""
+        return name == self.baseline() and any(self.compared(other) for other in self.config.variants)
+
     def evaluate(self, name: str) -> str:
-        """The artifact's bytes and the protocol."""
+        """The artifact's bytes and the protocol; and what it is compared with."""
         self.need(f"export/{name}", self.export(name))
         files = self.manifest.entry(f"export/{name}")["files"]
-        return step_key("evaluate", files, self.evaluation_arguments(), self._text_stamp(), versions())
+        parts = [files, self.evaluation_arguments(), self._text_stamp(), versions()]
+        if self.stores_reference(name):
+            parts.append(["reference", self.config.eval.top_k])
+        if self.compared(name):
+            baseline = str(self.baseline())
+            self.need(f"evaluate/{baseline}", self.evaluate(baseline))
+            stored = self.manifest.entry(f"evaluate/{baseline}")["files"]
+            parts.append(["against", stored[str(self.reference.relative_to(self.run.directory))]["sha256"]])
+        return step_key("evaluate", *parts)
+
+    @property
+    def reference(self) -> Path:
+        """The file of the baseline's predictions."""
+        return self.run.work("evaluate", "reference.npz")
+
+    def reference_arguments(self, name: str) -> list[str]:
+        """Options of ``python -m eval.perplexity`` that store the baseline's predictions, or compare with them."""
+        if self.stores_reference(name):
+            return ["--save-reference", str(self.reference), "--top-k", str(self.config.eval.top_k)]
+        return ["--reference", str(self.reference)] if self.compared(name) else []
 
     def report(self) -> str:
         """Every evaluation."""
@@ -103,7 +135,9 @@ class StepKeys:
     def evaluation_arguments(self) -> list[str]:
         """Options of ``python -m eval.perplexity`` that carry out the recipe's protocol."""
         config = self.config.eval
-        arguments = ["--text", config.text, "--windows", str(config.windows), "--seq-len", str(config.seq_len)]
+        arguments = ["--text", config.text, "--protocol", config.protocol, "--windows", str(config.windows)]
+        if config.seq_len is not None:
+            arguments += ["--seq-len", str(config.seq_len)]
         if config.stride is not None:
             arguments += ["--stride", str(config.stride)]
         if config.bos:

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from eval.consumers import CONSUMERS
+from eval.protocols import window_length
 from eval.report import VariantResult, build_report, render_table, write_report
 from quantize import stages
 from quantize.artifact import is_recorded, read_manifest, record_evaluation
@@ -35,7 +36,6 @@ from quantize.files import disk_error, read_json, write_text
 from quantize.keys import StepKeys
 from quantize.manifest import Manifest, StepRecord, cpu_name, versions
 from quantize.run import Run, needs_calibration
-from quantize.solvers import SOLVERS
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,10 @@ def _check_context(run: Run) -> None:
     """Refuse windows longer than the model's context before any work starts."""
     config = run.config.eval
     context = getattr(run.checkpoint.config.get_text_config(), "max_position_embeddings", None)
-    if "evaluate" in run.config.stages and context and config.seq_len + config.bos > context:
+    length = window_length(config)
+    if "evaluate" in run.config.stages and context and length + config.bos > context:
         raise InputError(
-            f"eval.seq_len={config.seq_len} exceeds the model's context of {context} tokens; use {context - config.bos} or less"
+            f"eval.seq_len={length} exceeds the model's context of {context} tokens; use {context - config.bos} or less"
         )
 
 
@@ -126,13 +127,18 @@ class _Pipeline:
         if stage in ("load", "calibrate", "report"):
             self._step(stage, getattr(self.keys, stage)(), getattr(self, f"_{stage}"))
             return
-        for name in self.config.variants:
+        for name in self._in_order(stage):
             if stage == "quantize" and not self.keys.quantizes(name):
                 continue
             key = getattr(self.keys, stage)(name)
             self._step(f"{stage}/{name}", key, functools.partial(getattr(self, f"_{stage}"), name, key))
             if stage == "evaluate":
                 self._tell_artifact(name)
+
+    def _in_order(self, stage: str) -> list[str]:
+        """The variants; those to be evaluated after the one that they are compared with."""
+        names = list(self.config.variants)
+        return sorted(names, key=lambda name: name != self.keys.baseline()) if stage == "evaluate" else names
 
     def _step(self, step: str, key: str, action: Callable[[StepRecord], None]) -> None:
         if self.manifest.finished(step, key):
@@ -171,8 +177,9 @@ class _Pipeline:
             "eval.perplexity",
             str(self.run.artifact(name)),
             *self.keys.evaluation_arguments(),
+            *self.keys.reference_arguments(name),
         ]
-        command += ["--json", str(output), "--log-level", self.config.log_level]
+        command += ["--cache", str(output.parent / "texts"), "--json", str(output), "--log-level", self.config.log_level]
         environment = {**os.environ, **CONSUMERS[self.config.variants[name].container].environment}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH", "")]))
         # Standard error is shared, so that the progress bar shows; on a pipe it is kept for the error message.
@@ -190,7 +197,7 @@ class _Pipeline:
             raise InputError(f"evaluation of {name}: {message}")
         if result.returncode:
             raise RuntimeError(f"evaluation of {name} failed ({result.returncode}): {result.stderr or 'see above'}")
-        record.files = [output]
+        record.files = [output, *([self.keys.reference] if self.keys.stores_reference(name) else [])]
         record.result = read_json(output)
 
     def _tell_artifact(self, name: str) -> None:
@@ -203,11 +210,15 @@ class _Pipeline:
     def _report(self, record: StepRecord) -> None:
         loaded = self.manifest.result("load")
         evaluations = {name: self.manifest.result(f"evaluate/{name}") for name in self.config.variants}
-        baseline = next((name for name, v in self.config.variants.items() if not SOLVERS[v.solver.name].quantizes), None)
+        baseline = self.keys.baseline()
         reference = evaluations[baseline]["ppl"] if baseline else None
         results = [self._variant_result(name, evaluations[name], loaded, reference) for name in self.config.variants]
         protocol = {**next(iter(evaluations.values()))["protocol"]}
         protocol["compute dtype"] = next(iter(evaluations.values()))["compute_dtype"]
+        if any(self.keys.compared(name) for name in self.config.variants):
+            protocol["divergence"] = (
+                f"from {baseline}, nats a token; its {self.config.eval.top_k} likeliest and the rest as one"
+            )
         protocol["size"] = "safetensors files"
         protocol["peak RSS"] = "consumer process while loading"
         model = {"name": Path(loaded["path"]).name, "path": loaded["path"], "parameters": loaded["parameters"]}
@@ -226,8 +237,11 @@ class _Pipeline:
         variant, exported = self.config.variants[name], self.manifest.entry(f"export/{name}")
         quantized = self.manifest.entry(f"quantize/{name}")["seconds"] if self.keys.quantizes(name) else 0.0
         ppl = evaluation["ppl"] if evaluation["ppl"] is not None else float("inf")
+        divergence = evaluation.get("divergence") or {}
         artifact = os.path.relpath(self.run.artifact(name), self.run.directory)
-        arguments = shlex.join([str(self.run.artifact(name)), *self.keys.evaluation_arguments()])
+        arguments = shlex.join(
+            [str(self.run.artifact(name)), *self.keys.evaluation_arguments(), *self.keys.reference_arguments(name)]
+        )
         return VariantResult(
             name=name,
             solver=variant.solver.name,
@@ -239,6 +253,8 @@ class _Pipeline:
             peak_rss_bytes=evaluation["peak_rss_bytes"],
             ppl=ppl,
             ppl_ratio=ppl / reference if reference else None,
+            kld_mean=divergence.get("kld_mean"),
+            top1_agreement=divergence.get("top1_agreement"),
             seconds=round(quantized + exported["seconds"], 3),
             consumer=evaluation["consumer"],
             path=artifact,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedArtifact:
     """An artifact as its consumer loaded it.
 
@@ -20,6 +20,9 @@ class LoadedArtifact:
         compute_dtype: the type the logits are computed in, such as ``float32``.
         logits: token ids int64 ``[batch, tokens]`` to float32 logits ``[batch, tokens, vocabulary]``.
         max_tokens: the longest window the model takes.
+        hidden: token ids as above to what the output embedding reads, ``[batch, tokens, hidden]``; None where the consumer
+            does not give it.
+        head: rows of it, ``[n, hidden]``, to logits ``[n, vocabulary]``, which the caller may overwrite; likewise.
     """
 
     consumer: str
@@ -27,6 +30,8 @@ class LoadedArtifact:
     compute_dtype: str
     logits: Callable[[Tensor], Tensor]
     max_tokens: int
+    hidden: Callable[[Tensor], Tensor] | None = None
+    head: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

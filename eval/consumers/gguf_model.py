@@ -61,8 +61,8 @@ def load(directory: Path, device: str) -> TransformersArtifact:
         consumer=packages,
         tokenizer=load_tokenizer(file.parent, file, gguf_file=str(file)),
         compute_dtype="float32",
-        logits=transformers_model._logits_of(model),
         max_tokens=getattr(model.config, "max_position_embeddings", None) or 2**31,
+        **transformers_model.functions_of(model),
         model=model,
     )
 

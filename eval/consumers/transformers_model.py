@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransformersArtifact(LoadedArtifact):
     """A loaded artifact that keeps transformers' own model object at hand."""
 
@@ -64,8 +64,8 @@ def load(directory: Path, device: str) -> TransformersArtifact:
         consumer=" + ".join(f"{name} {metadata.version(name)}" for name in packages),
         tokenizer=tokenizer,
         compute_dtype=str(model.dtype).removeprefix("torch."),
-        logits=_logits_of(model),
         max_tokens=getattr(model.config, "max_position_embeddings", None) or 2**31,
+        **functions_of(model),
         model=model,
     )
 
@@ -115,19 +115,29 @@ def for_evaluation(loaded: LoadedArtifact) -> LoadedArtifact:
         consumer=loaded.consumer,
         tokenizer=loaded.tokenizer,
         compute_dtype="float32",
-        logits=_logits_of(loaded.model),
         max_tokens=loaded.max_tokens,
+        **functions_of(loaded.model),
         model=loaded.model,
     )
 
 
-def _logits_of(model: Any) -> Any:
+def functions_of(model: Any) -> dict[str, Any]:
+    """``logits`` of a transformers model, and ``hidden`` and ``head`` where it has a body and an output embedding."""
+
     @torch.inference_mode()
     def logits(token_ids: Tensor) -> Tensor:
         output: Tensor = model(input_ids=token_ids.to(model.device), use_cache=False).logits
         return output
 
-    return logits
+    @torch.inference_mode()
+    def hidden(token_ids: Tensor) -> Tensor:
+        output: Tensor = body(input_ids=token_ids.to(model.device), use_cache=False).last_hidden_state
+        return output
+
+    body, head = model.base_model, model.get_output_embeddings()
+    if body is model or head is None:
+        return {"logits": logits}
+    return {"logits": logits, "hidden": hidden, "head": torch.inference_mode()(head)}
 
 
 def _gptq_backend(quantization: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from eval.consumers import CONSUMERS
 from eval.perplexity import container_of, evaluate_artifact
 from exports.bitsandbytes import read
 from inference.llm_int8 import llm_int8_linear, outlier_columns
+from quantize.config import EvalConfig
 from quantize.errors import InputError
 from quantize.grids import QuantizedTensor
 
@@ -155,7 +156,7 @@ def test_the_threshold_on_disk_is_the_one_used(artifacts: Path) -> None:
 
 
 def test_the_programs_and_their_versions_are_named(artifacts: Path) -> None:
-    result = evaluate_artifact(artifacts / "int8", windows=1, seq_len=64)
+    result = evaluate_artifact(artifacts / "int8", EvalConfig(windows=1, seq_len=64))
     programs = (f"{name} {metadata.version(name)}" for name in ("transformers", "bitsandbytes"))
     assert result["consumer"] == " + ".join(programs)
     assert math.isfinite(result["ppl"]) and result["compute_dtype"] == "float32"

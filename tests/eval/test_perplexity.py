@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -20,7 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import perplexity
-from eval.perplexity import evaluate_artifact, negative_log_likelihood, window_starts
+from eval.perplexity import evaluate_artifact
+from eval.protocols import Window, sliding_windows
+from eval.scoring import score
+from eval.streams import Stream
+from quantize.config import EvalConfig
 from quantize.errors import InputError
 
 VOCABULARY = 320
@@ -38,6 +43,24 @@ def previous_token_logits(seen: list[list[int]] | None = None) -> Callable[[Tens
         return torch.sin(ids[..., None] * 31.0 + torch.arange(VOCABULARY))
 
     return logits
+
+
+def negative_log_likelihood(
+    logits: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    *,
+    window: int,
+    stride: int,
+    windows: int | None = None,
+    bos_token_id: int | None = None,
+) -> tuple[float, int]:
+    """Sum of ``-log p`` over the scored tokens, and their number, as ``protocol=windows`` has it."""
+    planned = sliding_windows(Stream(tokens), window, stride, limit=windows, bos=bos_token_id)
+
+    def chunks(shown: Window) -> Iterator[Tensor]:
+        yield from torch.split(logits(shown.ids[None, :-1])[0, shown.first - 1 :], 128)
+
+    return score(chunks, planned), sum(len(each.ids) - each.first for each in planned)
 
 
 def cost(previous: int, token: int) -> float:
@@ -85,7 +108,9 @@ def test_every_token_is_scored_once_by_the_first_window_that_can(protocol: tuple
 @given(protocols())
 def test_windows_are_full_and_stride_apart(protocol: tuple[int, int, int, int | None, bool]) -> None:
     length, window, stride, limit, _ = protocol
-    starts = window_starts(length, window, stride, limit)
+    found = sliding_windows(Stream(torch.arange(length)), window, stride, limit=limit)
+    starts = [int(each.ids[0]) for each in found]
+    assert all(len(each.ids) == window for each in found)
     assert starts[0] == 0
     assert all(b - a == stride for a, b in itertools.pairwise(starts))
     assert starts[-1] + window <= length
@@ -110,7 +135,8 @@ def test_long_windows_are_scored_whole(window: int) -> None:
 def test_windows_as_long_as_the_stride_do_not_overlap() -> None:
     seen: list[list[int]] = []
     _, count = negative_log_likelihood(previous_token_logits(seen), torch.arange(35), window=10, stride=10)
-    assert seen == [list(range(start, start + 10)) for start in (0, 10, 20)]
+    # The last token of a window is only asked for.
+    assert seen == [list(range(start, start + 9)) for start in (0, 10, 20)]
     assert count == 3 * 9
 
 
@@ -119,7 +145,7 @@ def test_bos_stands_before_each_window_and_its_first_token_counts() -> None:
     _, count = negative_log_likelihood(
         previous_token_logits(seen), torch.arange(20), window=10, stride=10, windows=2, bos_token_id=BOS
     )
-    assert seen == [[BOS, *range(10)], [BOS, *range(10, 20)]]
+    assert seen == [[BOS, *range(9)], [BOS, *range(10, 19)]]
     assert count == 20
 
 
@@ -164,34 +190,44 @@ def plain_perplexity(model_path: Path, text: str, window: int, windows: int) -> 
 
 
 def test_the_figure_is_that_of_a_plain_loop_over_transformers(tiny_llama: Path, text: Path) -> None:
-    result = evaluate_artifact(tiny_llama, text=str(text), windows=4, seq_len=200)
+    result = evaluate_artifact(tiny_llama, EvalConfig(str(text), windows=4, seq_len=200))
     assert result["ppl"] == pytest.approx(plain_perplexity(tiny_llama, text.read_text(), 200, 4), rel=1e-5)
     assert result["protocol"] == {
+        "name": "windows",
         "text": "text.txt",
+        "text_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
         "part": "all",
         "window": 200,
         "stride": 200,
         "bos": False,
+        "windows": 4,
         "tokens": 4 * 199,
+        "words": result["protocol"]["words"],
+        "bytes": result["protocol"]["bytes"],
     }
+    tokens, size = 4 * 199, result["protocol"]["bytes"]
+    assert result["byte_ppl"] == pytest.approx(result["ppl"] ** (tokens / size), rel=1e-9)
+    assert result["word_ppl"] == pytest.approx(result["ppl"] ** (tokens / result["protocol"]["words"]), rel=1e-9)
+    assert result["bits_per_byte"] == pytest.approx(math.log2(result["byte_ppl"]), rel=1e-9)
+    assert result["divergence"] is None
     assert result["compute_dtype"] == "float32"
     assert result["consumer"].startswith("transformers ")
     assert 0 < result["peak_rss_bytes"] <= result["evaluation_peak_rss_bytes"]
 
 
 def test_more_context_is_another_figure_over_more_tokens(tiny_llama: Path, text: Path) -> None:
-    result = evaluate_artifact(tiny_llama, text=str(text), windows=7, seq_len=64, stride=32, bos=True)
+    result = evaluate_artifact(tiny_llama, EvalConfig(str(text), windows=7, seq_len=64, stride=32, bos=True))
     assert result["protocol"]["tokens"] == 64 + 6 * 32
     assert math.isfinite(result["ppl"])
 
 
-def test_a_diverged_model_has_infinite_perplexity(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+def test_a_diverged_model_has_no_perplexity(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
 
     broken = shutil.copytree(tiny_llama, tmp_path / "broken")
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][:] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    assert evaluate_artifact(broken, text=str(text), windows=1, seq_len=16)["ppl"] == math.inf
+    assert evaluate_artifact(broken, EvalConfig(str(text), windows=1, seq_len=16))["ppl"] is None
 
 
 @pytest.mark.parametrize(
@@ -209,14 +245,14 @@ def test_a_diverged_model_has_infinite_perplexity(tiny_llama: Path, text: Path, 
 )
 def test_an_impossible_protocol_is_refused(tiny_llama: Path, text: Path, options: dict[str, object], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        evaluate_artifact(tiny_llama, **{"text": str(text), "windows": 1, "seq_len": 16, **options})  # type: ignore[arg-type]
+        evaluate_artifact(tiny_llama, EvalConfig(**{"text": str(text), "windows": 1, "seq_len": 16, **options}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe\xfa"])
 def test_a_text_without_text_is_refused(tiny_llama: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(InputError, match=r"eval.text=.*text.txt (is empty|cannot be read as UTF-8)"):
-        evaluate_artifact(tiny_llama, text=str(tmp_path / "text.txt"), windows=1, seq_len=16)
+        evaluate_artifact(tiny_llama, EvalConfig(str(tmp_path / "text.txt"), windows=1, seq_len=16))
 
 
 # The command line of its own.

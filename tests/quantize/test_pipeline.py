@@ -33,9 +33,14 @@ FIELDS = {
     "peak_rss_bytes",
     "ppl",
     "ppl_ratio",
+    "kld_mean",
+    "top1_agreement",
     "seconds",
     "consumer",
 }
+
+
+COMPARED = {"kld_mean", "top1_agreement"}  # the baseline has none
 
 
 @pytest.fixture
@@ -52,6 +57,8 @@ def canned_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
             "peak_rss_bytes": 1,
         }
         write_json(Path(options["--json"]), figures)
+        if "--save-reference" in options:
+            Path(options["--save-reference"]).write_text(str(options["--windows"]))
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=run, DEVNULL=None, PIPE=None))
@@ -122,6 +129,8 @@ def test_the_run_directory_has_the_documented_layout(finished: Path) -> None:
         "work/quantize/int4-gptq/key",
         "work/quantize/int4-gptq/seconds",
         "work/evaluate/fp16.json",
+        "work/evaluate/reference.npz",
+        *(name for name in hashes(finished) if re.fullmatch(r"work/evaluate/texts/tokens-[0-9a-f]{32}\.npz", name)),
         "work/evaluate/int4-gptq.json",
     }
 
@@ -131,11 +140,15 @@ def test_the_report_has_every_field_of_every_variant(finished: Path) -> None:
     assert [row["name"] for row in report["variants"]] == ["fp16", "int4-gptq"]
     for row in report["variants"]:
         assert set(row) == FIELDS | {"path", "command"}
-        assert all(row[field] is not None for field in FIELDS)
+        assert all(row[field] is not None for field in FIELDS - COMPARED)
     dense, packed = report["variants"]
     assert (dense["bits"], packed["bits"]) == (16, 4)
     assert packed["size_bytes"] == (finished / "variants" / "int4-gptq" / "model.safetensors").stat().st_size
     assert dense["ppl_ratio"] == 1.0
+    assert dense["kld_mean"] is dense["top1_agreement"] is None
+    assert 0 < packed["kld_mean"] < 10
+    assert 0 < packed["top1_agreement"] < 1
+    assert "divergence" in report["protocol"]
     assert packed["ppl_ratio"] == pytest.approx(packed["ppl"] / dense["ppl"])
     assert "gptqmodel" in packed["consumer"]
     assert "gptqmodel" not in dense["consumer"]
@@ -160,6 +173,35 @@ def test_every_artifact_says_what_it_is_and_carries_its_figures(finished: Path, 
     assert packed["recipe"]["calibration"]["num_samples"] == 4
     dense = read_manifest(finished / "variants" / "fp16")
     assert (dense["solver"], dense["grid"], dense["seed"]) == ({"name": "none"}, None, None)
+
+
+def test_the_text_is_tokenised_and_the_baseline_run_once(finished: Path) -> None:
+    assert len(list((finished / "work" / "evaluate" / "texts").iterdir())) == 1
+    packed = read_evaluation(finished / "variants" / "int4-gptq")
+    dense = read_manifest(finished / "variants" / "fp16")
+    assert packed is not None
+    assert packed["divergence"]["reference"]["artifact_fingerprint"] == dense["fingerprint"]
+    report = json.loads((finished / "report.json").read_text())
+    assert "--reference" in report["variants"][1]["command"]
+    assert "--save-reference" in report["variants"][0]["command"]
+
+
+@pytest.mark.usefixtures("canned_evaluation")
+def test_another_top_k_stores_the_baseline_again_and_compares_again(copied: Path, small: list[str], cli: Cli) -> None:
+    assert cli(*small, f"output_dir={copied}")[0] == 0
+    code, _, err = cli(*small, "eval.top_k=8", f"output_dir={copied}")
+    assert code == 0
+    assert steps_run(err)[0] == "evaluate/fp16"
+
+
+@pytest.mark.usefixtures("canned_evaluation")
+def test_without_divergence_nothing_is_stored(copied: Path, small: list[str], cli: Cli) -> None:
+    code, _, err = cli(*small, "eval.divergence=false", f"output_dir={copied}")
+    assert code == 0
+    assert steps_run(err) == ["evaluate/fp16", "evaluate/int4-gptq", "report"]
+    report = json.loads((copied / "report.json").read_text())
+    assert not any("reference" in row["command"] for row in report["variants"])
+    assert all(row["kld_mean"] is None for row in report["variants"])
 
 
 def test_figures_that_went_missing_are_laid_beside_the_artifact_again(
@@ -196,6 +238,7 @@ def test_the_manifest_has_the_lineage_of_every_step(finished: Path, tiny_llama: 
     recorded = {name for entry in manifest["steps"].values() for name in entry["files"]}
     unrecorded = {"manifest.json", "recipe.yaml", "work/quantize/int4-gptq/key", "work/quantize/int4-gptq/seconds"}
     unrecorded |= {f"variants/{name}/evaluation.json" for name in ("fp16", "int4-gptq")}
+    unrecorded |= {name for name in hashes(finished) if name.startswith("work/evaluate/texts/")}
     assert recorded | unrecorded == set(hashes(finished))
 
 
@@ -229,6 +272,7 @@ def test_another_protocol_evaluates_again_and_nothing_else(copied: Path, small: 
     assert json.loads((copied / "report.json").read_text())["protocol"] == {
         "windows": "3",
         "compute dtype": "float32",
+        "divergence": "from fp16, nats a token; its 256 likeliest and the rest as one",
         "size": "safetensors files",
         "peak RSS": "consumer process while loading",
     }
