@@ -1,8 +1,8 @@
 """The seam between a decoder's weights and its sequences: where tokens stand, and which keys they may look at.
 
 A forward takes the new tokens of one or more sequences, packed one sequence after the other without padding. The model knows
-weights and nothing of sequences, a :class:`Context` sequences and nothing of weights. Contiguous, rolling, 8-bit and paged caches
-are different contexts of one model.
+weights and nothing of sequences, a :class:`Context` sequences and nothing of weights. Contiguous, rolling, 8-bit and paged
+caches are different contexts of one model.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from quantize.errors import InputError
 def bench(directory: Path, rounds: int = 5) -> dict[str, Any]:
     """Time both, ``rounds`` times in turn, beside ``directory``; medians in seconds, and their ratio.
 
-    Publishing flushes every file to the disk before a tag speaks of it; ``cp`` does not, and is not asked to. Before every timing
-    the disk is given time to write what is left of the one before.
+    Publishing flushes every file to the disk before a tag speaks of it; ``cp`` does not, and is not asked to. Before every
+    timing the disk is given time to write what is left of the one before.
 
     Raises:
         InputError: no artifacts are there, or ``rounds`` is not positive.
