@@ -1,7 +1,8 @@
 """What the registry's commands share: exit codes, errors on one line without secrets, a release or a directory as files.
 
 Exit codes: 0 done, and all is as it should be; 3 the answer is no (``verify`` found damage, ``pull`` refused it, ``diff`` found
-differences); 2 bad input, a release that is not there, a tag that somebody else moved; 1 a defect of this program.
+differences, ``publish`` a gate that had failed); 2 bad input, a release that is not there, a tag that somebody else moved; 1 a
+defect of this program.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from exports.registry.base import Damaged, Entry
+from exports.registry.base import Damaged, Entry, GateFailed
 from exports.registry.contents import directory_names
 from exports.registry.names import is_reference, parse_reference
 from exports.registry.release import parse_release
@@ -37,7 +38,7 @@ def carry_out(action: Callable[[], int]) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     try:
         return action()
-    except Damaged as error:
+    except (Damaged, GateFailed) as error:
         return _fail(str(error), 3)
     except InputError as error:
         return _fail(str(error), 2)

@@ -33,6 +33,10 @@ class Conflict(InputError):
     """Somebody else moved the tag meanwhile; nothing of theirs was changed."""
 
 
+class GateFailed(InputError):
+    """The artifact failed its gate; it was not published."""
+
+
 class NotFound(InputError):
     """The registry has no such name, tag, release or file."""
 
