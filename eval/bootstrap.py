@@ -5,9 +5,10 @@ cancels, so a difference shows that two separate standard errors would hide.
 
 Items are drawn with replacement, as many as there are, ``resamples`` times. With ``m`` the mean difference and ``m*`` that of a
 resample, ``p`` is the share of resamples with ``|m* - m| >= |m|`` (the bootstrap distribution moved to where there is no
-difference; Efron and Tibshirani, "An Introduction to the Bootstrap", section 16.4), and the interval is symmetric around ``m``,
-``m +- q`` with ``q`` the 95 % quantile of ``|m* - m|`` (Hall 1988, "On symmetric bootstrap confidence intervals"): it holds 0 where
-the difference is noise. Interval and ``p`` are one test, and with few changed answers it is less rash than the percentile interval.
+difference; Efron and Tibshirani, "An Introduction to the Bootstrap", section 16.4). The interval is symmetric around ``m``,
+``m +- q`` with ``q`` the 95 % quantile of ``|m* - m|`` (Hall 1988, "On symmetric bootstrap confidence intervals"): it holds 0
+where the difference is noise. Interval and ``p`` are one test, and with few changed answers it is less rash than the percentile
+interval.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """lm-eval, asked through its own API: names of tasks to figures, in whatever model runs them.
 
-Tasks are found by name among the built-in ones (``eval/builtin_tasks``), in the user's folders of YAML files, and among lm-eval's own,
-whose data come from the hub. Nothing is printed, and copies that the datasets package makes of local files are thrown away.
+Tasks are found by name among the built-in ones (``eval/builtin_tasks``), in the user's folders of YAML files, and among
+lm-eval's own, whose data come from the hub. Nothing is printed, and copies that the datasets package makes of local files are
+thrown away.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def run_tasks(
     Args:
         lm: lm-eval's interface to it.
         names: what to run, each once.
-        task_dirs: folders of task YAML files; a name found there is taken before lm-eval's own. Functions that such files name are
-            Python code of the folder's owner, and are run.
+        task_dirs: folders of task YAML files; a name found there is taken before lm-eval's own. Functions that such files name
+            are Python code of the folder's owner, and are run.
         limit: items of each task, the first ones; None for all.
         consumer: program and version behind ``lm``, for the record.
 
@@ -52,8 +53,8 @@ def run_tasks(
         For each name its entry (:mod:`eval.tasks_scores`). A name that stands for several tasks pools their items.
 
     Raises:
-        InputError: a name is unknown, its files are wrong, its data cannot be had, it has no metric that is a mean over items, or
-            it would run code that the model writes.
+        InputError: a name is unknown, its files are wrong, its data cannot be had, it has no metric that is a mean over items,
+            or it would run code that the model writes.
     """
     import lm_eval
 
@@ -63,7 +64,7 @@ def run_tasks(
         # A task that several names stand for is run once.
         leaves = {leaf: task for tasks in chosen.values() for leaf, task in tasks.items()}
         random.seed(_RANDOM_SEED)
-        np.random.seed(_OTHER_SEED)  # noqa: NPY002
+        np.random.seed(_OTHER_SEED)
         for task in leaves.values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -73,7 +74,9 @@ def run_tasks(
         except ValueError as error:
             if "unsafe" not in str(error):
                 raise
-            raise InputError(f"eval.tasks: {one_line(error)[:80]}: such a task runs code that the model writes; leave it out") from error
+            raise InputError(
+                f"eval.tasks: {one_line(error)[:80]}: such a task runs code that the model writes; leave it out"
+            ) from error
     common = {"limit": limit, "consumer": consumer, "lm_eval": metadata.version("lm_eval")}
     return {name: _entry(name, list(tasks), results, common) for name, tasks in chosen.items()}
 
@@ -108,7 +111,9 @@ def _load(names: Sequence[str], task_dirs: Sequence[Path], scratch: Path) -> dic
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 3) or ["builtin"]
-            raise InputError(f"eval.tasks: {name} is unknown to eval.task_dir and to lm-eval; do you mean {' or '.join(close)}?")
+            raise InputError(
+                f"eval.tasks: {name} is unknown to eval.task_dir and to lm-eval; do you mean {' or '.join(close)}?"
+            )
         with _local_data(scratch, task_dirs):
             try:
                 chosen[name] = dict(manager.load([name])["tasks"])
@@ -116,8 +121,9 @@ def _load(names: Sequence[str], task_dirs: Sequence[Path], scratch: Path) -> dic
                 raise
             except Exception as error:  # a task's own Python code, the hub and the datasets package raise all kinds
                 raise InputError(
-                    f"eval.tasks: {name} cannot be loaded ({type(error).__name__}: {one_line(error)}); its data come from where its "
-                    "YAML file says, most from the Hugging Face hub: check the network and the file, or use builtin, which needs neither"
+                    f"eval.tasks: {name} cannot be loaded ({type(error).__name__}: {one_line(error)}); its data come from "
+                    "where its YAML file says, most from the Hugging Face hub: check the network and the file, or use "
+                    "builtin, which needs neither"
                 ) from error
     return chosen
 
@@ -126,7 +132,7 @@ def _entry(name: str, leaves: list[str], results: Mapping[str, Any], common: Map
     scores = {leaf: _scores(leaf, results) for leaf in leaves}
     shared = [metric for metric in scores[leaves[0]] if all(metric in scores[leaf] for leaf in leaves)]
     if not shared:
-        raise InputError(f"eval.tasks: {name} has no metric that is a mean over its items; name its tasks one by one, or others")
+        raise InputError(f"eval.tasks: {name} has no metric that is a mean over items; name its tasks one by one, or others")
     better = {metric: _better(leaves[0], metric, results) for metric in shared}
     pooled = {metric: (np.concatenate([scores[leaf][metric] for leaf in leaves]), better[metric]) for metric in shared}
     return entry(
@@ -212,7 +218,8 @@ def _without_bars() -> Iterator[None]:
 def _local_data(scratch: Path, task_dirs: Sequence[Path]) -> Iterator[None]:
     """Have ``datasets.load_dataset`` keep its copies of local files in ``scratch``, and find files beside a task's YAML too.
 
-    Relative paths are relative to the current directory for lm-eval; a folder of tasks that brings its data works from anywhere.
+    Relative paths are relative to the current directory for lm-eval; a folder of tasks that brings its data works from
+    anywhere.
     """
     import datasets
 
@@ -247,5 +254,3 @@ def _found(files: Any, folders: Sequence[Path]) -> Any:
             return str(folder / files)
     places = " and ".join(str(folder.resolve()) for folder in (Path(), *folders))
     raise InputError(f"eval.tasks: data file {files} does not exist; a relative name is looked for in {places}")
-
-

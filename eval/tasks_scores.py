@@ -9,8 +9,8 @@ A task's entry, as :func:`entry` makes it and ``evaluation.json`` keeps it under
     items                              sha256 of the very questions asked, and of what is right
     versions, num_fewshot, limit, consumer, lm_eval
 
-``scores`` is ``bits:`` or ``float32:`` and base64 of the items' scores in order. Two entries are compared only where ``definition``
-and ``items`` are equal (:func:`compare`).
+``scores`` is ``bits:`` or ``float32:`` and base64 of the items' scores in order. Two entries are compared only where
+``definition`` and ``items`` are equal (:func:`compare`).
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def compare(variant: Mapping[str, Any], reference: Mapping[str, Any], *, name: s
         seed: of the bootstrap.
 
     Returns:
-        ``reference`` (its value), ``difference``, ``stderr``, ``low``, ``high``, ``p_value``, ``within_noise``, ``samples``, and
-        ``flips_lost`` and ``flips_won``: items with a worse and a better score.
+        ``reference`` (its value), ``difference``, ``stderr``, ``low``, ``high``, ``p_value``, ``within_noise``, ``samples``,
+        and ``flips_lost`` and ``flips_won``: items with a worse and a better score.
 
     Raises:
         InputError: the entries are of different definitions or items, or damaged.
@@ -112,8 +112,8 @@ def compare(variant: Mapping[str, Any], reference: Mapping[str, Any], *, name: s
             )
         if variant["items"] != reference["items"]:
             raise InputError(
-                f"task {name}: the reference answered other items ({reference['samples']}; here {variant['samples']}); run both "
-                "with the same data and --limit"
+                f"task {name}: the reference answered other items ({reference['samples']}; here {variant['samples']}); run "
+                "both with the same data and --limit"
             )
         metric = variant["metric"]
         scores = [unpack_scores(each["metrics"][metric]["scores"]) for each in (variant, reference)]

@@ -18,7 +18,7 @@ T = TypeVar("T")
 console = Console(stderr=True)
 _NOISY = (
     "gguf",
-    "gguf",
+    "lm_eval",
     "torchao",
     "torch",
     "transformers",

@@ -83,7 +83,7 @@ def generate(model: Path, prompt: str | Sequence[int], count: int, *, limit: flo
     # A token is a byte of the prompt at least.
     size = len(prompt.encode()) if isinstance(prompt, str) else len(prompt)
     with serving(model, size + count + _SPARE_TOKENS, limit) as path:
-        status, answer = _ask(path, "POST", "/completion", request, limit)
+        status, answer = ask(path, "POST", "/completion", request, limit)
     if status != http.client.OK:
         raise failed("llama-server", f"answered {status}", answer)
     return parse_completion(answer)
@@ -104,7 +104,7 @@ def parse_completion(answer: str) -> Continuation:
 
 @contextlib.contextmanager
 def serving(model: Path, context: int, limit: float) -> Iterator[Path]:
-    """A server with ``model``, ready to answer; yields its socket, and ends with the block.
+    """A server with ``model`` and room for ``context`` tokens, ready to answer; yields its socket, and ends with the block.
 
     Raises:
         InputError: the program is missing, or does not load the model within ``limit`` seconds.
@@ -134,15 +134,19 @@ def _wait(process: subprocess.Popen[bytes], path: Path, log: Path, limit: float)
         if process.poll() is not None:
             raise failed("llama-server", f"ended (exit code {process.returncode})", _read(log))
         with contextlib.suppress(OSError, http.client.HTTPException):
-            status, _ = _ask(path, "GET", "/health", None, limit)
+            status, _ = ask(path, "GET", "/health", None, limit)
             if status == http.client.OK:
                 return
         time.sleep(_POLL)
     raise failed("llama-server", f"did not load the model within {limit:g} s", _read(log))
 
 
-def _ask(path: Path, method: str, url: str, value: Any, limit: float) -> tuple[int, str]:
-    """One request; status and body of the answer."""
+def ask(path: Path, method: str, url: str, value: Any, limit: float) -> tuple[int, str]:
+    """One request to the server on the socket ``path``; status and body of the answer.
+
+    Raises:
+        InputError: the answer takes longer than ``limit`` seconds.
+    """
     connection = _Connection(path, limit)
     try:
         body = None if value is None else json.dumps(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ SCORES = st.lists(
 )
 
 
-def columns(pairs: list[tuple[float, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def columns(pairs: Sequence[tuple[float, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     table = np.array(pairs, np.float64)
     return table[:, 0], table[:, 1]
 
@@ -106,9 +107,9 @@ def test_equal_models_are_told_apart_in_one_of_twenty_comparisons() -> None:
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.integers(0, 1000))
 def test_drawing_values_is_drawing_items(values: list[float], seed: int) -> None:
-    array = np.array(values)
+    array = np.array(values, np.float64)
     means = _resampled_means(array, 4000, np.random.default_rng(seed))
-    error = array.std() / math.sqrt(len(array))
+    error = float(array.std()) / math.sqrt(len(array))
     assert means.mean() == pytest.approx(array.mean(), abs=6 * error / math.sqrt(4000) + 1e-9)
     assert means.std() == pytest.approx(error, rel=0.15, abs=1e-9)
     assert means.min() >= array.min() - 1e-9
@@ -117,7 +118,7 @@ def test_drawing_values_is_drawing_items(values: list[float], seed: int) -> None
 
 def test_chunks_do_not_change_the_number_of_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.bootstrap._NUMBERS_AT_ONCE", 30)
-    values = np.linspace(0, 1, 7)
+    values = np.linspace(0, 1, 7, dtype=np.float64)
     assert len(_resampled_means(values, 1001, np.random.default_rng(0))) == 1001
 
 
