@@ -294,24 +294,7 @@ def test_a_sentence_says_what_matters() -> None:
 @pytest.mark.parametrize("budget", [4 * 300, 4 * 300 * 64, 2**27])
 def test_batches_change_no_answer(loaded: TransformersArtifact, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks_transformers, "_LOGITS_BYTES", budget)
-    words = [
-        "Statements",
-        "that",
-        "assign",
-        "names",
-        "to",
-        "values",
-        "are",
-        "found",
-        "in",
-        "the",
-        "class",
-        "body",
-        "and",
-        "may",
-        "be",
-        "repeated",
-    ]
+    words = ["Statements", "that", "assign", "names", "to", "values", "are", "found", "in", "class", "bodies"]
     pairs = [(" ".join(words[: 1 + i % 7]), " " + " ".join(words[i % 5 : 1 + i % 5 + i % 3])) for i in range(40)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     expected = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=1).loglikelihood(
