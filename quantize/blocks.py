@@ -150,6 +150,8 @@ class DecoderWalk:
         for name in self._names(parameter):
             if name in self._stored:
                 return name
+        if self.tied and parameter in (f"{layer}.weight" for layer in self.head()):
+            return self._stored_name(f"{self.embedding()}.weight")
         raise InputError(
             f"{self.checkpoint.path} has no tensor {parameter}, which a {self.checkpoint.config.model_type} model needs; "
             "the checkpoint is incomplete or of another family"
@@ -165,6 +167,10 @@ class DecoderWalk:
         module = self._model.get_output_embeddings()
         return {self._name_of(module): linear_shape(module)}
 
+    def embedding(self) -> str:
+        """The name of the input embedding."""
+        return self._name_of(self._model.get_input_embeddings())
+
     def _name_of(self, module: nn.Module) -> str:
         name: str = next(name for name, child in self._model.named_modules() if child is module)
         return name
@@ -178,12 +184,13 @@ class DecoderWalk:
         """The type a parameter has in the checkpoint."""
         return self.checkpoint.dtype(self._stored_name(parameter))
 
+    def parameter(self, name: str) -> Tensor:
+        """Any parameter as it is stored, in float32, by the name the model class gives it."""
+        return self._load(name, torch.float32)
+
     def weight(self, layer: str) -> Tensor:
         """A linear layer's weight from the checkpoint, float32 ``[out_features, in_features]`` (Conv1D: transposed)."""
-        name = f"{layer}.weight"
-        if self.tied and layer in self.head() and self._stored.isdisjoint(self._names(name)):
-            name = f"{self._name_of(self._model.get_input_embeddings())}.weight"
-        weight = self._load(name, torch.float32)
+        weight = self._load(f"{layer}.weight", torch.float32)
         return weight.t() if isinstance(self._model.get_submodule(layer), Conv1D) else weight
 
     @contextlib.contextmanager
@@ -237,6 +244,25 @@ class DecoderWalk:
             finally:
                 handle.remove()
         raise InputError(f"{type(self._model).__name__} does not use its output embedding; solver.lm_head cannot be used")
+
+    @contextlib.contextmanager
+    def logits(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from what leaves the last block, ``[batch, tokens, hidden]``, to logits ``[batch, tokens, vocabulary]``.
+
+        What lies behind the blocks looks at each token alone, so any cut of the tokens will do. Inside, no block can be run.
+        """
+        if self._as_tuple is None:
+            self._embed(torch.zeros(1, 1, dtype=torch.int64))
+        current: list[Tensor] = []
+        with self._recording(lambda *_, **__: (current[-1],) if self._as_tuple else current[-1]):
+
+            def logits(hidden: Tensor) -> Tensor:
+                current[:] = [hidden.to(self.device)]
+                ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+                result: Tensor = self._model(input_ids=ids, use_cache=False).logits
+                return result
+
+            yield logits
 
     def _embed(self, windows: Tensor) -> tuple[Tensor, list[Arguments]]:
         # Families differ in whether a block returns its hidden states bare or as a tuple's first item.

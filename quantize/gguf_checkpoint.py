@@ -100,6 +100,10 @@ class GgufCheckpoint(Checkpoint):
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
 
+    def kind(self, name: str) -> str:
+        """llama.cpp's name of the type a tensor is stored in, such as ``Q4_0``."""
+        return self._tensors[name].kind
+
     def tensor(self, name: str) -> Tensor:
         info = self._tensors[name]
         try:
