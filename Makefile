@@ -25,9 +25,9 @@ $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.base  ## make, prove and report four variants of the demo model
+demo: $(VENV)/.base  ## make, prove, report and publish four variants of the demo model
 	$(BIN)/python -m quantize.demo_model
-	$(BIN)/python -m quantize recipe=demo $(ARGS)
+	$(BIN)/python -m quantize recipe=demo publish=local publish.name=demo $(ARGS)
 
 precisions: $(VENV)/.base  ## every precision in one table, its memory predicted and measured, its decode speed
 	$(BIN)/python -m quantize.demo_model

@@ -198,6 +198,7 @@ def _protocol(facts: CardFacts) -> list[str]:
     if own and own.get("command"):
         # The folder a run wrote to is not the one a reader has.
         command = re.sub(r"(-m eval\.perplexity )(?:'[^']*'|\S+)", r"\1.", str(own["command"]))
+        command = re.sub(r" --(?:save-reference|reference|top-k) (?:'[^']*'|\S+)", "", command)
         blocks += ["Again, in this directory, with the same text:", f"```sh\n{command}\n```"]
     return blocks
 

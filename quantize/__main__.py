@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from exports.registry.secrets import redact
 from quantize.checks import validate
 from quantize.config import LOG_LEVELS, register_configs
 from quantize.errors import InputError
@@ -96,7 +97,7 @@ def _allowed(object_type: Any) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         logging.getLogger("quantize").exception("")
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {redact(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

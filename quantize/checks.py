@@ -53,7 +53,15 @@ def validate(composed: Any) -> RunConfig:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise InputError(f"variants.{name}: a variant's name becomes a folder; use letters, digits, '.', '_' and '-'")
         _check_variant(f"variants.{name}", variant)
+    _check_publish(config)
     return config
+
+
+def _check_publish(config: RunConfig) -> None:
+    if config.publish.registry is not None:
+        from quantize.publishing import check_publish  # late: the registries are not wanted where nothing is published
+
+        check_publish(config)
 
 
 def _check_calibration(config: CalibrationConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING
 
-STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report")
+STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report", "publish")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
 # What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
 QUALITIES: dict[str, dict[str, Any]] = {
@@ -158,6 +158,17 @@ class EvalConfig:
 
 
 @dataclass
+class PublishConfig:
+    """``publish``: where the run's artifacts go when they are finished (docs/publish.md)."""
+
+    registry: str | None = None  # local; null: nowhere
+    location: str | None = None  # local: a directory
+    name: str | None = None  # a variant is published as NAME-VARIANT; null: the model's name
+    tag: str = "latest"
+    force: bool = False  # publish what failed its gate, and say so in the release
+
+
+@dataclass
 class RunConfig:
     """The whole recipe."""
 
@@ -165,6 +176,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     variants: dict[str, VariantConfig] = field(default_factory=dict)
     container: str = "gptq"  # of variants that name none
     grid: str | None = None

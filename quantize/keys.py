@@ -13,7 +13,9 @@ from typing import Any
 from calibration.sources import matching_files
 from exports.containers import CONTAINERS
 from quantize import artifact
+from quantize.artifact import EVALUATION, MANIFEST
 from quantize.errors import InputError
+from quantize.files import sha256_file
 from quantize.manifest import Manifest, step_key, versions
 from quantize.run import Run, needs_calibration, solves
 from quantize.solvers import SOLVERS
@@ -128,6 +130,17 @@ class StepKeys:
         for name, key in zip(names, keys, strict=True):
             self.need(f"evaluate/{name}", key)
         return step_key("report", names, keys)
+
+    def gate_result(self, name: str) -> dict[str, Any] | None:
+        """What the gate found of a variant, with ``passed``; None where it has no limits."""
+        entry = self.manifest.data["steps"].get(f"gate/{name}")
+        return entry["result"] if entry is not None else None
+
+    def publish(self, name: str) -> str:
+        """The artifact, its figures and its gate, and where it goes. The report is published with it, as it is by then."""
+        self.need("report", self.report())
+        files = [sha256_file(self.run.artifact(name) / file) for file in (MANIFEST, EVALUATION)]
+        return step_key("publish", files, self.gate_result(name), asdict(self.config.publish))
 
     def _text_stamp(self) -> list[Any]:
         return text_stamp(None if self.config.eval.text == "builtin" else self.config.eval.text)

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from exports.registry.secrets import RedactingFilter
+
 T = TypeVar("T")
 console = Console(stderr=True)
 _NOISY = (
@@ -34,7 +36,7 @@ _NOISY = (
 
 
 def setup_logging(level: str) -> None:
-    """Log to standard error at ``level``: with colour on a terminal, plain lines elsewhere."""
+    """Log to standard error at ``level``, without secrets: with colour on a terminal, plain lines elsewhere."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=console, show_path=False, log_time_format="[%X]")
@@ -42,6 +44,7 @@ def setup_logging(level: str) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(RedactingFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -77,6 +77,10 @@ class Manifest:
         path = self.directory / name
         return path.is_file() and path.stat().st_size == record["size"] and sha256_file(path) == record["sha256"]
 
+    def forget(self, step: str) -> None:
+        """Count a step as not finished."""
+        self.data["steps"].pop(step, None)
+
     def result(self, step: str) -> dict[str, Any]:
         """What a finished step reported."""
         result: dict[str, Any] = self.data["steps"][step]["result"]

@@ -1,8 +1,8 @@
 """The pipeline: which steps a recipe needs, which of them are finished, and running the rest in order.
 
-load -> calibrate -> quantize -> export -> evaluate -> report. The first two are one step each, the next three one step a
-variant. A step's key hashes what its outcome depends on, so a re-run does only what a change of recipe made stale, and a
-finished run does nothing.
+load -> calibrate -> quantize -> export -> evaluate -> report -> publish. Load, calibrate and report are one step each, the
+others one step a variant. A step's key hashes what its outcome depends on, so a re-run does only what a change of recipe made
+stale, and a finished run does nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.console import Console
 from eval.consumers import CONSUMERS
 from eval.protocols import window_length
 from eval.report import VariantResult, build_report, render_table, write_report
+from exports.registry.secrets import redact
 from quantize import stages
 from quantize.artifact import is_recorded, read_manifest, record_evaluation
 from quantize.config import STAGES, RunConfig
@@ -35,6 +36,7 @@ from quantize.errors import InputError
 from quantize.files import disk_error, read_json, write_text
 from quantize.keys import StepKeys
 from quantize.manifest import Manifest, StepRecord, cpu_name, versions
+from quantize.publishing import is_published, publish_variant
 from quantize.run import Run, needs_calibration
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def run_pipeline(config: RunConfig) -> Path:
     manifest = Manifest(directory)
     pipeline = _Pipeline(run, manifest)
     manifest.describe(recipe=_recorded(config), seed=config.seed)
-    recipe = OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    recipe = redact(OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
     if not (directory / "recipe.yaml").exists() or (directory / "recipe.yaml").read_text() != recipe:
         write_text(directory / "recipe.yaml", recipe)
     for stage in STAGES:
@@ -69,6 +71,8 @@ def run_pipeline(config: RunConfig) -> Path:
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(render_table(read_json(directory / "report.json")))
         console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
+    for reference in pipeline.published:
+        print(f"published: {reference}")
     return directory
 
 
@@ -109,7 +113,7 @@ def _check_context(run: Run) -> None:
 def _recorded(config: RunConfig) -> dict[str, Any]:
     recipe = asdict(config)
     # Where the run lives and how much it says do not decide what it makes.
-    for key in ("output_dir", "debug", "log_level", "stages"):
+    for key in ("output_dir", "debug", "log_level", "stages", "publish"):
         recipe.pop(key)
     return recipe
 
@@ -121,11 +125,15 @@ class _Pipeline:
         self.run, self.manifest, self.config = run, manifest, run.config
         self.keys = StepKeys(run, manifest)
         self.ran = 0
+        self.published: list[str] = []
 
     def run_stage(self, stage: str) -> None:
         """Run one stage's steps, as far as they are not finished."""
         if stage in ("load", "calibrate", "report"):
             self._step(stage, getattr(self.keys, stage)(), getattr(self, f"_{stage}"))
+            return
+        if stage == "publish":
+            self._publish_all()
             return
         for name in self._in_order(stage):
             if stage == "quantize" and not self.keys.quantizes(name):
@@ -134,6 +142,24 @@ class _Pipeline:
             self._step(f"{stage}/{name}", key, functools.partial(getattr(self, f"_{stage}"), name, key))
             if stage == "evaluate":
                 self._tell_artifact(name)
+
+    def _publish_all(self) -> None:
+        """Publish every variant whose gate allows it; what is in the registry unchanged is left alone."""
+        if self.config.publish.registry is None:
+            return
+        for name in self.config.variants:
+            gate = self.keys.gate_result(name)
+            if gate is not None and not gate["passed"] and not self.config.publish.force:
+                log.warning("%s failed its gate and is not published; publish.force=true publishes it all the same", name)
+                continue
+            step, key = f"publish/{name}", self.keys.publish(name)
+            if self.manifest.finished(step, key) and not is_published(self.run, name, self.manifest.result(step)):
+                self.manifest.forget(step)
+            self._step(step, key, functools.partial(self._publish, name))
+            self.published.append(self.manifest.result(step)["reference"])
+
+    def _publish(self, name: str, record: StepRecord) -> None:
+        record.result = publish_variant(self.run, name, self.keys.gate_result(name))
 
     def _in_order(self, stage: str) -> list[str]:
         """The variants; those to be evaluated after the one that they are compared with."""
