@@ -128,6 +128,30 @@ def parse_release(manifest: bytes, where: str) -> Release:
     return Release(tuple(_parse_entry(name, files[name], where) for name in sorted(files)), manifest, value)
 
 
+def disagreements(release: Release, sums: bytes | None, manifest: bytes | None) -> list[str]:
+    """Where a release's three lists of hashes differ: release.json, ``SHA256SUMS`` and the artifact's ``manifest.json``.
+
+    Only SHA256SUMS may be signed, and only the manifest is what a gate judged: a release whose lists differ is none of ours.
+    ``sums`` and ``manifest`` are the bytes of those files, None where they are missing.
+    """
+    listed = {entry.name: entry.sha256 for entry in release.entries}
+    own = {entry.name for entry in release.entries if entry.role in ("sums", "signature")}
+    try:
+        lines = (sums or b"").decode("ascii").splitlines()
+        summed = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+        files = json.loads(manifest or b"{}")["files"]
+        artifact = {name: record["sha256"] for name, record in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [f"{SUMS} or {MANIFEST} is missing or damaged"]
+    problems = [f"{name}: {SUMS} and {RELEASE} differ" for name in sorted((listed.keys() - own) ^ summed.keys())]
+    problems += [
+        f"{name}: {SUMS} has another sha256" for name in sorted(summed) if listed.get(name, "") not in ("", summed[name])
+    ]
+    roles = {entry.name for entry in release.entries if entry.role == "artifact"}
+    problems += [f"{name}: {MANIFEST} and {RELEASE} differ" for name in sorted(roles ^ artifact.keys())]
+    return problems + [f"{name}: {MANIFEST} has another sha256" for name in sorted(roles) if artifact.get(name) != listed[name]]
+
+
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):

@@ -11,8 +11,8 @@ from exports.registry import connect
 from exports.registry.base import Damaged, Entry, NotFound, Registry
 from exports.registry.contents import directory_names, list_problems, pickle_problem
 from exports.registry.names import Reference
-from exports.registry.release import Release, parse_release
-from quantize.artifact import RELEASE
+from exports.registry.release import SUMS, Release, disagreements, parse_release
+from quantize.artifact import MANIFEST, RELEASE
 from quantize.atomic import disk_error, files_below
 from quantize.errors import InputError
 
@@ -109,6 +109,8 @@ def _fetch_all(registry: Registry, reference: Reference, digest: str, release: R
             continue
         if problem := pickle_problem(target, entry.name):
             problems.append(problem)
+    if not problems:
+        problems = disagreements(release, _bytes(folder / SUMS), _bytes(folder / MANIFEST))
     if problems:
         raise Damaged(f"{reference} is refused: {'; '.join(problems)}")
     (folder / RELEASE).write_bytes(release.manifest)
@@ -136,7 +138,7 @@ def directory_problems(directory: Path) -> list[str]:
             problems.append(f"{entry.name}: missing")
         elif problem := changed(path, entry) or pickle_problem(path, entry.name):
             problems.append(problem)
-    return problems
+    return problems or disagreements(release, _bytes(directory / SUMS), _bytes(directory / MANIFEST))
 
 
 def reference_problems(reference: Reference, scratch: Path) -> list[str]:
@@ -149,7 +151,8 @@ def reference_problems(reference: Reference, scratch: Path) -> list[str]:
         registry, digest, release = read_release(reference)
     except Damaged as error:
         return [str(error)]
-    problems = []
+    problems: list[str] = []
+    kept: dict[str, bytes | None] = {}
     for entry in release.entries:
         target = scratch / "file"
         try:
@@ -158,8 +161,10 @@ def reference_problems(reference: Reference, scratch: Path) -> list[str]:
                 problems.append(problem)
         except (Damaged, NotFound) as error:
             problems.append(str(error))
+        if entry.name in (SUMS, MANIFEST):
+            kept[entry.name] = _bytes(target)
         target.unlink(missing_ok=True)
-    return problems
+    return problems or disagreements(release, kept.get(SUMS), kept.get(MANIFEST))
 
 
 def changed(path: Path, entry: Entry) -> str | None:
@@ -173,6 +178,10 @@ def changed(path: Path, entry: Entry) -> str | None:
     except Damaged:
         return f"{entry.name}: changed, its sha256 is not {entry.sha256}"
     return None
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _holds(directory: Path, release: Release) -> bool:

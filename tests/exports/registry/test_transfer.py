@@ -141,6 +141,32 @@ def test_a_pickle_is_refused_whatever_it_is_called(
     assert not (tmp_path / "pulled").exists()
 
 
+@pytest.mark.parametrize("change", ["added", "other sums", "other manifest", "no sums"])
+def test_lists_of_hashes_that_differ_are_refused(
+    published: tuple[Reference, Release], registry: LocalRegistry, tmp_path: Path, change: str
+) -> None:
+    """A release.json that was made anew around changed content, beside lists that were not."""
+    entries = {entry.name: entry for entry in published[1].entries}
+    other = Entry.of_data("config.json", b"{}", "artifact")
+    if change == "added":
+        entries["new.json"] = Entry.of_data("new.json", b"{}", "report")
+    elif change == "other sums":
+        entries["config.json"] = other
+    elif change == "no sums":
+        del entries["SHA256SUMS"]
+    else:
+        old, sums = entries["config.json"], entries["SHA256SUMS"].data or b""
+        entries["config.json"] = other
+        entries["SHA256SUMS"] = Entry.of_data("SHA256SUMS", sums.replace(old.sha256.encode(), other.sha256.encode()), "sums")
+    registry.push("tiny", list(entries.values()))
+    manifest = manifest_bytes(list(entries.values()), {})
+    reference = registry.reference("tiny", "latest", registry.put("tiny", manifest, list(entries.values())))
+    said = {"added": "new.json: SHA256SUMS and", "no sums": "SHA256SUMS"}.get(change, "config.json: ")
+    with pytest.raises(Damaged, match=said):
+        pull(reference, tmp_path / "pulled")
+    assert said in reference_problems(reference, tmp_path)[0]
+
+
 def test_every_change_of_a_pulled_directory_is_found(published: tuple[Reference, Release], tmp_path: Path) -> None:
     folder = tmp_path / "pulled"
     pull(published[0], folder)
