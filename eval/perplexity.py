@@ -4,10 +4,11 @@
     python -m eval.perplexity ARTIFACT --text wiki.test.raw --protocol gptq --windows -1
     python -m eval.perplexity UNQUANTIZED --text FILE --save-reference reference.npz
     python -m eval.perplexity ARTIFACT --text FILE --reference reference.npz
+    python -m eval.perplexity ARTIFACT --tasks builtin
 
 ``ppl = exp(sum of -log p / tokens scored)``, ``word_ppl`` and ``byte_ppl`` the same sum over words and bytes of the text that
 those tokens stand for, ``bits_per_byte`` that sum in bits over bytes. Which tokens are scored, from which context, is the
-protocol's to say: :mod:`eval.protocols`. The divergence is :mod:`eval.divergence`'s.
+protocol's to say: :mod:`eval.protocols`. The divergence is :mod:`eval.divergence`'s, the accuracy on tasks :mod:`eval.tasks`'s.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def evaluate_artifact(
     Returns:
         ``ppl``, ``word_ppl``, ``byte_ppl`` and ``bits_per_byte`` (None when the model diverged; the last three also where the
         tokenizer does not tell words), ``consumer``, ``protocol``, ``compute_dtype``, ``seconds``, ``peak_rss_bytes`` (of this
-        process while loading, interpreter and libraries included), ``evaluation_peak_rss_bytes``, ``artifact_fingerprint`` and
-        ``divergence`` (None without a reference).
+        process while loading, interpreter and libraries included), ``evaluation_peak_rss_bytes``, ``artifact_fingerprint``,
+        ``divergence`` (None without a reference) and, where the config names tasks, ``tasks`` and ``task_seconds``.
 
     Raises:
         InputError: the artifact cannot be loaded, the text is missing or too short, or the reference is not of this protocol.
@@ -98,7 +99,7 @@ def evaluate_artifact(
         divergence = None
     else:
         nll, divergence = _measure(loaded, planned, opened, described)
-    return {
+    result = {
         **_perplexities(nll, planned),
         "consumer": loaded.consumer,
         "protocol": described["protocol"],
@@ -109,6 +110,16 @@ def evaluate_artifact(
         "artifact_fingerprint": identity,
         "divergence": divergence,
     }
+    return result | (_accuracy(artifact, config, loaded, device) if config.tasks else {})
+
+
+def _accuracy(artifact: Path, config: EvalConfig, loaded: LoadedArtifact, device: str) -> dict[str, Any]:
+    from eval.tasks import evaluate_tasks  # imports this module, and lm-eval takes long to import
+
+    started = time.perf_counter()
+    folders = [Path(config.task_dir)] if config.task_dir else []
+    found = evaluate_tasks(artifact, config.tasks, task_dirs=folders, limit=config.task_limit, device=device, loaded=loaded)
+    return {"tasks": found, "task_seconds": round(time.perf_counter() - started, 3)}
 
 
 def _measure(
@@ -164,7 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(arguments))
     output, level, record = options.pop("json"), options.pop("log_level"), options.pop("record")
     config = EvalConfig(
-        **{key: options.pop(key) for key in ("text", "windows", "seq_len", "stride", "bos", "protocol", "top_k")}
+        **{key: options.pop(key) for key in ("text", "windows", "seq_len", "stride", "bos", "protocol", "top_k")},
+        tasks=[name for name in options.pop("tasks").split(",") if name],
+        task_dir=options.pop("task_dir"),
+        task_limit=options.pop("task_limit"),
     )
     artifact = options.pop("artifact")
     setup_logging(level)
@@ -199,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--save-reference", type=Path, metavar="FILE", help="store what this artifact predicts")
     parser.add_argument("--top-k", type=int, default=256, help="likeliest tokens stored for each position, one by one")
     parser.add_argument("--reference", type=Path, metavar="FILE", help="measure the divergence from what was stored")
+    parser.add_argument("--tasks", default="", help="tasks whose accuracy is measured too, with commas between")
+    parser.add_argument("--task-dir", metavar="DIR", help="folder of task YAML files")
+    parser.add_argument("--task-limit", type=int, metavar="N", help="items of each task; default: all")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="keep tokenised texts here")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     parser.add_argument("--record", action="store_true", help="write the result to the artifact's evaluation.json")

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +39,9 @@ class VariantResult:
     over parameters. ``compression``: baseline size over this size. ``ppl``: per-token perplexity; NaN or infinity says
     that the variant diverged. ``ppl_ratio``: over the baseline's, None without one. ``kld_mean``: divergence from the baseline,
     nats a token, and ``top1_agreement``: share of tokens where both find the same one likeliest, both None without one and for
-    the baseline itself. ``seconds``: wall time of quantize
-    and export. ``consumer``: program and version that loaded the artifact. ``path``: the artifact, relative.
-    ``command``: the shell command that measures ``ppl`` again.
+    the baseline itself. ``tasks``: for each task what :func:`eval.tasks_scores.summary` gives. ``seconds``: wall time of
+    quantize and export. ``consumer``: program and version that loaded the artifact. ``path``: the artifact, relative.
+    ``command``: the shell command that measures ``ppl`` and the tasks again.
     """
 
     name: str
@@ -60,6 +60,7 @@ class VariantResult:
     consumer: str
     path: str
     command: str
+    tasks: Mapping[str, Json] = field(default_factory=dict)
 
 
 def build_report(variants: Sequence[VariantResult], *, model: Json, protocol: Json, environment: Json) -> dict[str, Any]:
@@ -97,12 +98,12 @@ def render_table(report: Json) -> Table:
     caption = f"* {_FRONT}\nprotocol: {describe(_short(report['protocol']))}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True, show_edge=False)
     table.caption, table.caption_justify, table.caption_style = Text(caption), "left", "dim"
-    for column in _COLUMNS:
+    for column in _columns(report):
         heading = Text(column.title.replace(" (", "\n(").replace("/", "/\n").replace("compression", "compr."))
         justify: JustifyMethod = "right" if column.numeric else "left"
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=column.numeric)
     for row in report["variants"]:
-        cells = [Text(" ".join(column.show(row[column.field]).split())) for column in _COLUMNS]
+        cells = [Text(" ".join(column.text(row).split())) for column in _columns(report)]
         cells[0].append(" *" if row["name"] in report["pareto"] else "")
         table.add_row(*cells)
     return table
@@ -129,13 +130,14 @@ def write_report(report: Json, output_dir: Path) -> list[Path]:
 
 def render_markdown(report: Json) -> str:
     """The report as GitHub Markdown; the chart is the relative image ``report.png``."""
-    rule = ["---:" if column.numeric else ":---" for column in _COLUMNS]
+    columns = _columns(report)
+    rule = ["---:" if column.numeric else ":---" for column in columns]
     rows = []
     for row in report["variants"]:
-        cells = [markdown_text(column.show(row[column.field])) for column in _COLUMNS]
+        cells = [markdown_text(column.text(row)) for column in columns]
         cells[0] += " ★" if row["name"] in report["pareto"] else ""
         rows.append(cells)
-    table = [f"| {' | '.join(cells)} |" for cells in ([column.title for column in _COLUMNS], rule, *rows)]
+    table = [f"| {' | '.join(cells)} |" for cells in ([markdown_text(column.title) for column in columns], rule, *rows)]
     blocks = [
         f"# Quantization report: {markdown_text(model_name(report))}",
         f"Model: {markdown_text(describe(report['model']))}",
@@ -156,7 +158,7 @@ def render_html(report: Json, chart: bytes) -> str:
     """The report as one self-contained page; ``chart`` is the PNG to embed."""
     head = "".join(
         f'<th scope="col"{_NUM if column.numeric else ""}><button type="button">{_h(column.title)}</button></th>'
-        for column in _COLUMNS
+        for column in _columns(report)
     )
     commands = "".join(
         f"<h3>{_h(row['name'])}</h3><p>{_h(_provenance(row))}</p><pre><code>{_h(row['command'])}</code></pre>"
@@ -166,7 +168,7 @@ def render_html(report: Json, chart: bytes) -> str:
         name=_h(model_name(report)),
         model=_h(describe(report["model"])),
         head=head,
-        rows="\n".join(_html_row(row, row["name"] in report["pareto"]) for row in report["variants"]),
+        rows="\n".join(_html_row(row, _columns(report), row["name"] in report["pareto"]) for row in report["variants"]),
         front=_h(_FRONT),
         chart=base64.b64encode(chart).decode("ascii"),
         protocol=_html_list(report["protocol"]),
@@ -185,6 +187,15 @@ class _Column(NamedTuple):
     field: str
     show: Callable[[Any], str]
     numeric: bool = True
+    task: str | None = None  # of the row's tasks
+
+    def value(self, row: Json) -> Any:
+        """What the column shows of a row; None where it was not measured."""
+        return row["tasks"].get(self.task) if self.task is not None else row[self.field]
+
+    def text(self, row: Json) -> str:
+        """The cell."""
+        return self.show(self.value(row))
 
 
 def show_number(value: float, digits: int) -> str:
@@ -206,6 +217,15 @@ def show_divergence(value: float | None) -> str:
     return f"{value:.1e}" if 0 < value < 1e-4 else f"{value:#.3g}"
 
 
+def show_accuracy(found: Json | None) -> str:
+    """A task's figure and standard error as tables print them: ``88.6 (1.4)``; with ``~`` where the change is within noise."""
+    if found is None:
+        return "n/a"
+    stderr = "" if found["stderr"] is None else f" ({100 * found['stderr']:.1f})"
+    same = found["difference"] is not None and found["difference"]["within_noise"]
+    return f"{100 * found['value']:.1f}{stderr}{' ~' if same else ''}"
+
+
 _COLUMNS = (
     _Column("variant", "name", str, numeric=False),
     _Column("bits", "bits", lambda bits: f"{bits:g}"),
@@ -220,6 +240,15 @@ _COLUMNS = (
     _Column("time (s)", "seconds", lambda seconds: show_number(seconds, 1)),
     _Column("consumer", "consumer", str, numeric=False),
 )
+
+
+def _columns(report: Json) -> list[_Column]:
+    """The columns of a report: a task's stands where any variant has run it."""
+    names = list(dict.fromkeys(task for row in report["variants"] for task in row["tasks"]))
+    metrics = {task: found["metric"] for row in report["variants"] for task, found in row["tasks"].items()}
+    place = 1 + [column.field for column in _COLUMNS].index("top1_agreement")
+    tasks = [_Column(f"{name} ({metrics[name]} %)", "tasks", show_accuracy, task=name) for name in names]
+    return [*_COLUMNS[:place], *tasks, *_COLUMNS[place:]]
 
 
 def _finite(value: float | None) -> float | None:
@@ -258,15 +287,16 @@ def _html_list(values: Json) -> str:
     return "".join(f"<dt>{_h(key)}</dt><dd>{_h(_plain(value))}</dd>" for key, value in values.items())
 
 
-def _html_row(row: Json, on_front: bool) -> str:
+def _html_row(row: Json, columns: Sequence[_Column], on_front: bool) -> str:
     cells = []
-    for column in _COLUMNS:
-        value = row[column.field]
-        text = _h(column.show(value))
+    for column in columns:
+        value = column.value(row)
+        text = _h(column.text(row))
         if column.field == "name":
             mark = ' <span class="mark" title="Pareto front">★</span>' if on_front else ""
             cells.append(f'<th scope="row" data-value="{text}">{text}{mark}</th>')
         else:
-            sort_key = "" if value is None else _h(str(value))
+            number = value["value"] if column.task is not None and value is not None else value
+            sort_key = "" if number is None else _h(str(number))
             cells.append(f'<td{_NUM if column.numeric else ""} data-value="{sort_key}">{text}</td>')
     return f"<tr>{''.join(cells)}</tr>"

@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from eval.consumers.gguf_model import gguf_file
 from eval.consumers.transformers_model import TransformersArtifact
 from eval.llamacpp_tools import find_tool
 from eval.perplexity import container_of
-from eval.tasks_scores import compare, sentence
+from eval.tasks_scores import sentence, with_differences
 from eval.tasks_vllm import run_in_vllm
 from quantize.artifact import fingerprint
 from quantize.config import LOG_LEVELS
@@ -106,20 +106,6 @@ def consumer_of(artifact: Path, consumer: str = "auto") -> str:
         return "llamacpp"
     log.warning("llama.cpp is not built (`make llamacpp`): transformers reads the GGUF file and answers the tasks")
     return "transformers"
-
-
-def with_differences(tasks: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries, each with ``difference`` to the reference's entry of that name (:func:`eval.tasks_scores.compare`).
-
-    It is None where the reference lacks the task.
-
-    Raises:
-        InputError: a task's definition or items differ.
-    """
-    return {
-        name: {**found, "difference": compare(found, reference[name], name=name) if name in reference else None}
-        for name, found in tasks.items()
-    }
 
 
 def read_reference(path: Path) -> dict[str, Any]:

@@ -81,6 +81,21 @@ def run_tasks(
     return {name: _entry(name, list(tasks), results, common) for name, tasks in chosen.items()}
 
 
+def is_offline(name: str) -> bool:
+    """Whether a task is one of the built-in ones, which need neither files nor a network."""
+    return name in ("builtin", "builtin_grammar", "builtin_cloze")
+
+
+def check_known(names: Sequence[str], task_dirs: Sequence[Path] = ()) -> None:
+    """Refuse names that stand for no task, without loading any data.
+
+    Raises:
+        InputError: a name is unknown or there twice, or a folder is missing.
+    """
+    _quiet()
+    _manager(names, task_dirs)
+
+
 def check_names(names: Sequence[str]) -> None:
     """Refuse an empty or repeated list of names.
 
@@ -96,24 +111,8 @@ def check_names(names: Sequence[str]) -> None:
 
 def _load(names: Sequence[str], task_dirs: Sequence[Path], scratch: Path) -> dict[str, dict[str, Any]]:
     """For each name, lm-eval's tasks by their names."""
-    from lm_eval.tasks import TaskManager
-
-    check_names(names)
-    for folder in task_dirs:
-        if not folder.is_dir():
-            raise InputError(f"eval.task_dir={folder} is no folder; give one with lm-eval's task YAML files")
-    folders = [BUILTIN, *task_dirs]
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):
-        # Thousands of files: read only where a name asks for them.
-        manager = TaskManager(include_path=folders)
-    chosen = {}
+    manager, chosen = _manager(names, task_dirs), {}
     for name in names:
-        if name not in manager.all_tasks:
-            close = difflib.get_close_matches(name, manager.all_tasks, 3) or ["builtin"]
-            raise InputError(
-                f"eval.tasks: {name} is unknown to eval.task_dir and to lm-eval; do you mean {' or '.join(close)}?"
-            )
         with _local_data(scratch, task_dirs):
             try:
                 chosen[name] = dict(manager.load([name])["tasks"])
@@ -126,6 +125,28 @@ def _load(names: Sequence[str], task_dirs: Sequence[Path], scratch: Path) -> dic
                     "builtin, which needs neither"
                 ) from error
     return chosen
+
+
+def _manager(names: Sequence[str], task_dirs: Sequence[Path]) -> Any:
+    """lm-eval's index of tasks, in which all names are."""
+    from lm_eval.tasks import TaskManager
+
+    check_names(names)
+    for folder in task_dirs:
+        if not folder.is_dir():
+            raise InputError(f"eval.task_dir={folder} is no folder; give one with lm-eval's task YAML files")
+    folders = [BUILTIN, *task_dirs]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        # Thousands of files: read only where a name asks for them.
+        manager = TaskManager(include_path=folders)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, 3) or ["builtin"]
+            raise InputError(
+                f"eval.tasks: {name} is unknown to eval.task_dir and to lm-eval; do you mean {' or '.join(close)}?"
+            )
+    return manager
 
 
 def _entry(name: str, leaves: list[str], results: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:

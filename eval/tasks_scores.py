@@ -128,6 +128,30 @@ def compare(variant: Mapping[str, Any], reference: Mapping[str, Any], *, name: s
     return {"reference": value, **found, "flips_lost": lost if better else won, "flips_won": won if better else lost}
 
 
+def with_differences(tasks: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries, each with ``difference`` to the reference's entry of that name (:func:`compare`).
+
+    It is None where the reference lacks the task.
+
+    Raises:
+        InputError: a task's definition or items differ.
+    """
+    return {
+        name: {**found, "difference": compare(found, reference[name], name=name) if name in reference else None}
+        for name, found in tasks.items()
+    }
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry in brief, for tables: ``metric``, ``value``, ``stderr``, ``samples`` and ``difference``, None without one."""
+    return {key: found.get(key) for key in ("metric", "value", "stderr", "samples", "difference")}
+
+
+def described(found: Mapping[str, Any]) -> str:
+    """What an entry's figure is, on one line: metric, number of items, and what measured it."""
+    return f"lm-eval {found['lm_eval']}, {found['metric']} on {found['samples']:,} items, standard error behind it"
+
+
 def sentence(name: str, found: Mapping[str, Any]) -> str:
     """An entry on one line: the figure, and how it differs from the reference where that is known."""
     stderr = "" if found["stderr"] is None else f" +- {found['stderr']:.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -91,6 +92,7 @@ def check_eval(config: EvalConfig) -> None:
         # Of two tokens, llama.cpp scores none.
         _at_least("eval.seq_len", config.seq_len, 3 if config.protocol == "llamacpp" else 2, PROTOCOLS[config.protocol])
     _at_least("eval.top_k", config.top_k, 1, 256)
+    _check_tasks(config)
     free = ("windows", "strided")
     if config.protocol not in free and (config.bos or config.stride is not None):
         key = "eval.bos=true" if config.bos else f"eval.stride={config.stride}"
@@ -100,6 +102,16 @@ def check_eval(config: EvalConfig) -> None:
     length = config.seq_len or PROTOCOLS[config.protocol]
     if config.stride is not None and not 1 <= config.stride <= length:
         raise InputError(f"eval.stride={config.stride} is not in 1..eval.seq_len={length}; leave it null or halve it")
+
+
+def _check_tasks(config: EvalConfig) -> None:
+    for name in config.tasks:
+        if not name.strip() or "," in name or config.tasks.count(name) > 1:
+            raise InputError(f"eval.tasks={config.tasks}: {name!r} is no name, or there twice; use names such as [builtin]")
+    if config.task_limit is not None:
+        _at_least("eval.task_limit", config.task_limit, 1, 100)
+    if config.task_dir is not None and not Path(config.task_dir).is_dir():
+        raise InputError(f"eval.task_dir={config.task_dir} is no folder; give one with lm-eval's task YAML files, or null")
 
 
 def _check_variant(key: str, variant: VariantConfig) -> None:

@@ -155,6 +155,9 @@ class EvalConfig:
     protocol: str = "windows"  # windows | gptq | llamacpp | strided | wikitext
     divergence: bool = True  # from the unquantized variant, where the recipe has one
     top_k: int = 256  # of its likeliest tokens that are stored for it, one by one
+    tasks: list[str] = field(default_factory=list)  # of lm-eval's, or builtin, whose accuracy is measured
+    task_dir: str | None = None  # a folder of task YAML files besides lm-eval's
+    task_limit: int | None = None  # items of each task; null: all
 
 
 @dataclass

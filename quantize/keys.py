@@ -110,6 +110,11 @@ class StepKeys:
             self.need(f"evaluate/{baseline}", self.evaluate(baseline))
             stored = self.manifest.entry(f"evaluate/{baseline}")["files"]
             parts.append(["against", stored[str(self.reference.relative_to(self.run.directory))]["sha256"]])
+        if self.config.eval.tasks:
+            parts.append(["tasks", folder_stamp(self.config.eval.task_dir)])
+            if (first := self.baseline()) not in (None, name):
+                accuracy = self.need(f"evaluate/{first}", self.evaluate(str(first)))["tasks"]
+                parts.append(["accuracy against", accuracy])
         return step_key("evaluate", *parts)
 
     @property
@@ -157,6 +162,10 @@ class StepKeys:
             arguments.append("--bos")
         if config.text == "builtin" or self._calibrated_on(config.text):
             arguments += ["--part", "heldout", "--heldout-fraction", str(self.config.calibration.heldout_fraction)]
+        if config.tasks:
+            arguments += ["--tasks", ",".join(config.tasks)]
+            arguments += ["--task-dir", config.task_dir] if config.task_dir else []
+            arguments += ["--task-limit", str(config.task_limit)] if config.task_limit else []
         return [*arguments, "--device", str(self.run.device)]
 
     def _calibrated_on(self, text: str) -> bool:
@@ -164,6 +173,12 @@ class StepKeys:
         if calibration.source != "text" or calibration.path is None:
             return False
         return any(file.samefile(text) for file in matching_files(calibration.path))
+
+
+def folder_stamp(path: str | None) -> list[Any]:
+    """Names, sizes and times of the files below a folder."""
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if path else []
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def text_stamp(path: str | None) -> list[Any]:

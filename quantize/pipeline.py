@@ -28,6 +28,8 @@ from eval.consumers import CONSUMERS
 from eval.protocols import window_length
 from eval.report import VariantResult, build_report, render_table, write_report
 from exports.registry.secrets import redact
+from eval.tasks_run import check_known, is_offline
+from eval.tasks_scores import described, summary, with_differences
 from quantize import stages
 from quantize.artifact import is_recorded, read_manifest, record_evaluation
 from quantize.config import STAGES, RunConfig
@@ -94,9 +96,11 @@ def _prepare(directory: Path) -> None:
 
 
 def _check_stage_inputs(config: RunConfig) -> None:
-    """Refuse missing texts before any work starts."""
+    """Refuse missing texts and unknown tasks before any work starts."""
     if config.eval.text != "builtin" and not Path(config.eval.text).is_file():
         raise InputError(f"eval.text={config.eval.text} does not exist; give a text file or builtin")
+    if "evaluate" in config.stages and not all(is_offline(task) for task in config.eval.tasks):
+        check_known(config.eval.tasks, [Path(config.eval.task_dir)] if config.eval.task_dir else [])
 
 
 def _check_context(run: Run) -> None:
@@ -207,6 +211,8 @@ class _Pipeline:
         ]
         command += ["--cache", str(output.parent / "texts"), "--json", str(output), "--log-level", self.config.log_level]
         environment = {**os.environ, **CONSUMERS[self.config.variants[name].container].environment}
+        if not all(is_offline(task) for task in self.config.eval.tasks) and "HF_HUB_OFFLINE" not in os.environ:
+            environment.pop("HF_HUB_OFFLINE", None)  # the artifact is local files anyway; the tasks' data are not
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), os.environ.get("PYTHONPATH", "")]))
         # Standard error is shared, so that the progress bar shows; on a pipe it is kept for the error message.
         shared = sys.stderr.isatty()
@@ -225,6 +231,10 @@ class _Pipeline:
             raise RuntimeError(f"evaluation of {name} failed ({result.returncode}): {result.stderr or 'see above'}")
         record.files = [output, *([self.keys.reference] if self.keys.stores_reference(name) else [])]
         record.result = read_json(output)
+        baseline = self.keys.baseline()
+        if self.config.eval.tasks and baseline not in (None, name):
+            reference = self.manifest.result(f"evaluate/{baseline}")["tasks"]
+            record.result["tasks"] = with_differences(record.result["tasks"], reference)
 
     def _tell_artifact(self, name: str) -> None:
         """See that the figures lie beside the artifact too, where they travel with it; others found there are kept."""
@@ -245,6 +255,8 @@ class _Pipeline:
             protocol["divergence"] = (
                 f"from {baseline}, nats a token; its {self.config.eval.top_k} likeliest and the rest as one"
             )
+        for task, found in next(iter(evaluations.values())).get("tasks", {}).items():
+            protocol[task] = described(found) + (f"; ~ within noise of {baseline}" if baseline else "")
         protocol["size"] = "safetensors files"
         protocol["peak RSS"] = "consumer process while loading"
         model = {"name": Path(loaded["path"]).name, "path": loaded["path"], "parameters": loaded["parameters"]}
@@ -281,6 +293,7 @@ class _Pipeline:
             ppl_ratio=ppl / reference if reference else None,
             kld_mean=divergence.get("kld_mean"),
             top1_agreement=divergence.get("top1_agreement"),
+            tasks={task: summary(found) for task, found in evaluation.get("tasks", {}).items()},
             seconds=round(quantized + exported["seconds"], 3),
             consumer=evaluation["consumer"],
             path=artifact,

@@ -285,3 +285,36 @@ def test_long_words_fold_and_figures_stay(width: int) -> None:
 
 def test_the_table_takes_names_literally() -> None:
     assert "[bold]x" in printed(report_of([variant("[bold]x")]))
+
+
+# Tasks.
+
+
+def accuracy(value: float, noise: bool | None = None, stderr: float | None = 0.0142) -> dict[str, Any]:
+    difference = None if noise is None else {"within_noise": noise, "difference": -0.01}
+    return {"metric": "acc", "value": value, "stderr": stderr, "samples": 516, "difference": difference}
+
+
+def test_a_task_has_a_column_with_its_standard_error() -> None:
+    variants = [
+        variant("fp16", 269.1, 22.55, tasks={"builtin": accuracy(0.8857), "piqa": accuracy(0.66, stderr=None)}),
+        variant("int8", 164.0, 22.6, tasks={"builtin": accuracy(0.884, noise=True)}),
+        variant("int4", 114.6, 31.2, tasks={"builtin": accuracy(0.813, noise=False)}),
+    ]
+    report = build_report(variants, model=MODEL, protocol=PROTOCOL, environment=ENVIRONMENT)
+    rows = [line.split(" | ") for line in render_markdown(report).splitlines() if line.startswith("| ")]
+    place = rows[0].index("builtin (acc %)")
+    assert rows[0][place + 1] == "piqa (acc %)"
+    assert [row[place] for row in rows[2:5]] == ["88.6 (1.4)", r"88.4 (1.4) \~", "81.3 (1.4)"]
+    assert [row[place + 1] for row in rows[2:5]] == ["66.0", "n/a", "n/a"]
+    page = render_html(report, b"")
+    assert 'data-value="0.884">88.4 (1.4) ~</td>' in page and page.count("builtin (acc %)") == 1
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render_table(report))
+    assert "88.4 (1.4) ~" in console.export_text()
+
+
+def test_without_tasks_there_is_no_such_column() -> None:
+    report = build_report(sample(), model=MODEL, protocol=PROTOCOL, environment=ENVIRONMENT)
+    assert "acc" not in render_markdown(report)
+    assert all(row["tasks"] == {} for row in report["variants"])
