@@ -208,7 +208,7 @@ def _task(subject: Subject, baseline: Subject | None, task: str, limit: float) -
     name, found = f"task_drop.{task}", (subject.figures.get("tasks") or {}).get(task)
     if subject.problems:
         return Check(name, None, limit, NOT_MEASURED, "the files are not those that were measured")
-    measure = f"python -m eval.tasks {shlex.quote(str(subject.path))} --tasks {shlex.quote(task)}"
+    measure = f"python -m eval.tasks {shlex.quote(str(subject.path))} --tasks {shlex.quote(task)} --record"
     if not found:
         return Check(name, None, limit, NOT_MEASURED, f"measure it: {measure}")
     change = found.get("difference")

@@ -27,7 +27,7 @@ from eval.llamacpp_tools import find_tool
 from eval.perplexity import container_of
 from eval.tasks_scores import sentence, with_differences
 from eval.tasks_vllm import run_in_vllm
-from quantize.artifact import fingerprint
+from quantize.artifact import fingerprint, read_evaluation, record_evaluation
 from quantize.config import LOG_LEVELS
 from quantize.errors import InputError
 from quantize.files import read_json, write_json
@@ -145,6 +145,13 @@ def _result(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _record(artifact: Path, result: dict[str, Any]) -> None:
+    """Add tasks to those in ``evaluation.json``, where they are of the same bytes."""
+    earlier, current = read_evaluation(artifact) or {}, result["artifact_fingerprint"]
+    kept = earlier.get("tasks", {}) if earlier.get("artifact_fingerprint") == current else {}
+    record_evaluation(artifact, {"tasks": {**kept, **result["tasks"]}}, known=current)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m eval.tasks", description="Accuracy of an artifact on lm-eval's tasks.")
@@ -156,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--consumer", choices=CHOICES, default="auto", help="default: llama.cpp for GGUF, else transformers")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps")
     parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--record", action="store_true", help="add the figures to the artifact's evaluation.json")
     parser.add_argument("--log-level", default="info", choices=LOG_LEVELS)
     options = parser.parse_args(arguments)
     setup_logging(options.log_level)
@@ -166,6 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
             result = _result(options)
         if options.json:
             write_json(options.json, result)
+        if options.record:
+            _record(options.artifact, result)
     except InputError as error:
         log.error("%s", error)
         return 2

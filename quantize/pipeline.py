@@ -27,9 +27,9 @@ from rich.console import Console
 from eval.consumers import CONSUMERS
 from eval.protocols import window_length
 from eval.report import VariantResult, build_report, render_table, write_report
-from exports.registry.secrets import redact
 from eval.tasks_run import check_known, is_offline
 from eval.tasks_scores import described, summary, with_differences
+from exports.registry.secrets import redact
 from quantize import stages
 from quantize.artifact import is_recorded, read_manifest, record_evaluation
 from quantize.config import STAGES, RunConfig

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from eval.consumers.transformers_model import CONSUMER, TransformersArtifact
 from eval.tasks_run import BUILTIN, run_tasks
 from eval.tasks_scores import compare, entry, figure, pack_scores, sentence, unpack_scores
 from eval.tasks_transformers import ArtifactLM
+from quantize.artifact import read_evaluation, record_evaluation
 from quantize.errors import InputError
 
 YAML = """
@@ -348,6 +350,14 @@ def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert again["metrics"] == found["metrics"]
     assert again["difference"]["within_noise"] and again["difference"]["flips_lost"] == 0
     assert math.isclose(again["difference"]["p_value"], 1)
+
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    record_evaluation(copy, {"ppl": 12.5, "tasks": {"other": {"value": 0.5}}})
+    assert tasks.main([str(copy), "--limit", "3", "--record"]) == 0
+    capsys.readouterr()
+    recorded = read_evaluation(copy)
+    assert recorded is not None and recorded["ppl"] == 12.5
+    assert recorded["tasks"].keys() == {"other", "builtin"} and recorded["tasks"]["builtin"]["samples"] == 6
 
     assert tasks.main([str(tiny_llama), "--limit", "11", "--reference", str(first)]) == 2
     assert "other items" in capsys.readouterr().err
