@@ -13,8 +13,8 @@ from typing import Any
 from quantize.artifact import problems, read_evaluation, read_manifest
 
 _WEIGHTS = (".safetensors", ".gguf")
-# Of a protocol, what does not decide whether two figures may be compared: names, and what follows from the rest.
-_INCIDENTAL = ("text", "words", "bytes")
+_INCIDENTAL = ("text", "words")  # of a protocol: a mere name, and what follows from the rest
+_UNKNOWN_AT_TIMES = "bytes"  # scored: tells tokenizers apart, and is None where the tokenizer does not tell it
 _SHA256 = 64
 
 
@@ -75,6 +75,8 @@ def comparable(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def difference_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """In what two results of :func:`comparable` differ, such as ``window 1024 and 2048``; empty where they do not."""
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    if None in (one.get(_UNKNOWN_AT_TIMES), other.get(_UNKNOWN_AT_TIMES)):
+        keys = [key for key in keys if key != _UNKNOWN_AT_TIMES]
     return ", ".join(f"{key} {_short(one.get(key))} and {_short(other.get(key))}" for key in keys)
 
 
