@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from inference.config import gguf_file
 from inference.engine import Engine
 from inference.load import LoadOptions, load
 from quantize.devices import resolve_device
@@ -59,17 +60,17 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def parse_artifact(text: str, dtype: torch.dtype, device: torch.device) -> tuple[Path, LoadOptions]:
-    """``DIR[,dense=..][,head=..]``.
+    """``DIR[,dense=..][,weights=..][,head=..]``.
 
     Raises:
         InputError: no such directory, or an option that is none.
     """
     directory, *settings = text.split(",")
     options = dict(setting.partition("=")[::2] for setting in settings)
-    unknown = sorted(options.keys() - {"dense", "head"})
+    unknown = sorted(options.keys() - {"dense", "weights", "head"})
     if unknown:
-        raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=auto, packed, plain or stored, head=artifact or int8")
-    if not Path(directory).is_dir():
+        raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=, weights= or head=")
+    if not Path(directory).is_dir() and gguf_file(Path(directory)) is None:
         raise InputError(f"{directory} is no directory; name an artifact's, such as artifacts/gptq/w4")
     return Path(directory), LoadOptions(dtype=dtype, device=device, **options)
 
@@ -155,7 +156,9 @@ def show(entries: Sequence[dict[str, object]]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m inference.bench", description=__doc__)
     parser.add_argument(
-        "artifacts", nargs="+", help="DIR[,dense=auto|packed|plain|stored][,head=artifact|int8]; ratios are to the first"
+        "artifacts",
+        nargs="+",
+        help="DIR[,dense=auto|packed|plain|stored][,weights=artifact|int4|int8][,head=artifact|int8]; ratios are to the first",
     )
     parser.add_argument("--prompt", type=int, default=128, help="tokens to prefill")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode in each round")

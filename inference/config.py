@@ -9,6 +9,7 @@ from typing import Any
 
 from quantize.errors import InputError
 from quantize.files import read_json
+from quantize.gguf_checkpoint import GgufCheckpoint
 
 # Families whose decoder is inference/model.py; the rest of the config says which of its optional parts are there.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -44,16 +45,17 @@ class ModelConfig:
     stop_tokens: tuple[int, ...]
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """The model in ``directory``, by its ``config.json``.
+def read_config(path: Path) -> ModelConfig:
+    """The model in a directory, by its ``config.json``, or in a GGUF file, by its metadata.
 
     Raises:
         InputError: no config.json, a field is missing, or the model is none that ``model.py`` computes.
     """
-    file = directory / "config.json"
-    if not file.exists():
-        raise InputError(f"{directory} is no model directory: it has no config.json")
-    raw = read_json(file)
+    gguf = gguf_file(path)
+    file = gguf or path / "config.json"
+    if gguf is None and not file.exists():
+        raise InputError(f"{path} is no model directory: it has no config.json")
+    raw = read_json(file) if gguf is None else GgufCheckpoint(gguf).config_dict()
     family, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
     if family not in FAMILIES:
         raise InputError(f"{file}: model_type={family!r} is none the engine runs; use one of {', '.join(FAMILIES)}")
@@ -74,10 +76,18 @@ def read_config(directory: Path) -> ModelConfig:
             tied_head=raw.get("tie_word_embeddings", False),
             rope=_rope_parameters(raw),
             max_tokens=_max_tokens(raw),
-            stop_tokens=_stop_tokens(directory, raw),
+            stop_tokens=_stop_tokens(file.parent, raw),
         )
     except KeyError as error:
         raise InputError(f"{file} has no {error.args[0]}; it must describe a complete {family} model") from error
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is, or that the directory holds beside no safetensors; None for other directories."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    file = path / "model.gguf"
+    return file if file.exists() and not any(path.glob("*.safetensors")) else None
 
 
 def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:

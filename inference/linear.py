@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantize.errors import InputError
+from inference.int8_product import DirectProduct, Int8Product, int8_product
 
-_CUDA_LEAST_ROWS = 17  # torch._int_mm refuses fewer on CUDA
 _KERNEL_BLOCK = 64  # rows and columns torch._weight_int8pack_mm is used for come in multiples of this
 _TINY = torch.finfo(torch.float32).tiny
 _CHUNK_WEIGHTS = 1 << 18  # codes widened at a time: 1 MiB of float32 stays in a core's cache
@@ -80,31 +79,6 @@ def digits(x: Tensor) -> tuple[Tensor, Tensor]:
         parts.append(part)
         whole = whole.sub_(part).bitwise_right_shift_(8)
     return torch.stack([whole.to(torch.int8), *reversed(parts)]), scale
-
-
-def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.T`` of int8 ``[m, k]`` and ``[n, k]`` in exact int32 ``[m, n]``.
-
-    Raises:
-        InputError: a device without an integer product.
-    """
-    if left.device.type == "cpu":
-        if left.shape[1] == 1:  # torch 2.13 misreads the strides of a transposed single column
-            left, right = functional.pad(left, (0, 1)), functional.pad(right, (0, 1))
-        return torch._int_mm(left, right.t())
-    if left.device.type == "cuda":
-        return int8_matmul_padded(left, right)
-    raise InputError(f"device={left.device.type} has no int8 matrix product; use device=cpu or device=cuda for int8 artifacts")
-
-
-def int8_matmul_padded(left: Tensor, right: Tensor) -> Tensor:
-    """:func:`int8_matmul` by way of shapes that CUDA takes: more than 16 rows, widths in multiples of 8."""
-    (m, k), n = left.shape, right.shape[0]
-    rows, depth, columns = max(m, _CUDA_LEAST_ROWS), -k % 8, -n % 8
-    left = functional.pad(left, (0, depth, 0, rows - m))
-    if depth or columns:
-        right = functional.pad(right, (0, depth, 0, columns))
-    return torch._int_mm(left, right.t())[:m, :n]
 
 
 class DenseLinear:
@@ -188,22 +162,23 @@ class Int8WeightOnlyLinear:
         # torch's bfloat16 kernel reads past the end of matrices that do not fill its blocks.
         whole = codes.shape[0] % _KERNEL_BLOCK == codes.shape[1] % _KERNEL_BLOCK == 0
         self._kernel_fits = whole and codes.device.type == "cpu"
-        self._digits_fit = codes.device.type == "cpu" and self._row_scales is not None
+        digits_fit = codes.device.type == "cpu" and self._row_scales is not None
+        self._product = int8_product(codes) if digits_fit else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._kernel_fits and self._row_scales is not None and x.dtype == torch.bfloat16:
             ones = x.new_ones(self.out_features)  # its own scales are bfloat16, which would round ours
             out = torch._weight_int8pack_mm(x, self._codes, ones).mul(self._row_scales).to(x.dtype)
-        elif self._digits_fit and len(x) <= _FEW_ROWS and x.dtype == torch.float32:
-            out = self._from_digits(x)
+        elif self._product is not None and len(x) <= _FEW_ROWS and x.dtype == torch.float32:
+            out = self._from_digits(x, self._product)
         else:
             out = torch.cat([self._rows(x, start) for start in range(0, self.out_features, self._chunk())], -1)
         return out if self._bias is None else out.add_(self._bias)
 
-    def _from_digits(self, x: Tensor) -> Tensor:
+    def _from_digits(self, x: Tensor, integer: Int8Product) -> Tensor:
         """Decode: the weight is read once, as int8, and nothing is widened."""
         parts, scale = digits(x)
-        product = int8_matmul(parts.view(-1, x.shape[1]), self._codes).view(3, len(x), -1)
+        product = integer(parts.view(-1, x.shape[1])).view(3, len(x), -1)
         assert self._row_scales is not None
         return product.mul(_PLACES).sum(0).mul_(self._row_scales).mul_(scale)
 
@@ -222,7 +197,8 @@ class Int8WeightOnlyLinear:
         return functional.linear(x, weight.to(x.dtype))
 
     def nbytes(self) -> int:
-        return tensor_bytes(self._codes, self._scales, self._bias)
+        copied = 0 if self._product is None or isinstance(self._product, DirectProduct) else self._product.nbytes()
+        return tensor_bytes(self._codes, self._scales, self._bias) + copied
 
 
 class Int8Linear:
@@ -234,12 +210,11 @@ class Int8Linear:
     def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None) -> None:
         """As :class:`Int8WeightOnlyLinear`; ``input_scale`` of one element makes the layer static."""
         self.out_features = codes.shape[0]
-        self._codes, self._scales, self._bias = codes, scales.float(), bias
+        self._bias = bias
         self._input_scale = None if input_scale is None else input_scale.float().view(1, 1)
-        self._rescale = self._scales.t().contiguous()  # [groups, out]
-        self._columns = codes.shape[1] // self._rescale.shape[0]
-        plain = codes.device.type == "cpu" and codes.shape[1] > 1 and self._rescale.shape[0] == 1
-        self._direct = codes.t() if plain else None  # what int8_matmul would multiply by, found once
+        self._rescale = scales.float().t().contiguous()  # [groups, out]
+        groups = len(self._rescale)
+        self._products = [int8_product(part.contiguous()) for part in codes.chunk(groups, 1)]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._input_scale is None:
@@ -253,18 +228,16 @@ class Int8Linear:
         return out if self._bias is None else out.add_(self._bias)
 
     def _product(self, codes: Tensor) -> Tensor:
-        if self._direct is not None:
-            return torch._int_mm(codes, self._direct) * self._rescale
-        if self._rescale.shape[0] == 1:
-            return int8_matmul(codes, self._codes) * self._rescale
+        if len(self._products) == 1:
+            return self._products[0](codes) * self._rescale
         total = codes.new_zeros((), dtype=torch.float32)
-        for group, scales in enumerate(self._rescale):
-            part = slice(group * self._columns, (group + 1) * self._columns)
-            total = total + int8_matmul(codes[:, part].contiguous(), self._codes[:, part].contiguous()) * scales
+        for product, part, scales in zip(self._products, codes.chunk(len(self._products), 1), self._rescale, strict=True):
+            total = total + product(part.contiguous()) * scales
         return total
 
     def nbytes(self) -> int:
-        return tensor_bytes(self._codes, self._scales, self._bias, self._input_scale)
+        held = tensor_bytes(self._rescale, self._bias, self._input_scale)
+        return held + sum(product.nbytes() for product in self._products)
 
 
 class SideBySide:

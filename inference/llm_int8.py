@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference.linear import int8_matmul as integer_product
+from inference.int8_product import int8_matmul as integer_product
 from quantize.errors import InputError
 
 SCALES_OVER = ("entries", "columns")

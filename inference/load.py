@@ -1,25 +1,19 @@
-"""From an artifact directory to a :class:`~inference.model.Model`: which stored tensors make which layer.
+"""From an artifact to a :class:`~inference.model.Model`: which stored tensors (:mod:`inference.read`) make which layer.
 
-Read are dense safetensors, compressed-tensors ``int-quantized`` (int8 weights; activations left alone, dynamic per token, or
-static per tensor) and ``pack-quantized``, GPTQ and AWQ. Codes of other grids than symmetric 8 bits are dequantized once, here.
+Codes of grids without a product of their own are dequantized once, here or on reading.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import exports.awq
-import exports.compressed_tensors
-import exports.gptq
-from exports.packing import to_signed
-from exports.shards import read_shards
 from inference.config import ModelConfig, read_config
+from inference.int4 import Int4Linear, join_codes
 from inference.linear import (
     DenseLinear,
     HalfStoredLinear,
@@ -34,12 +28,11 @@ from inference.linear import (
 )
 from inference.model import Block, Model
 from inference.norm import RMSNorm
-from inference.quantization import Int8Scheme, int8_scheme
+from inference.read import StoredModel, read_model
 from quantize.errors import InputError
-from quantize.files import read_json
-from quantize.grids import QuantizedTensor
 
 DENSE = ("auto", "packed", "plain", "stored")
+WEIGHTS = ("artifact", "int4", "int8")
 HEAD = ("artifact", "int8")
 
 
@@ -54,6 +47,10 @@ class LoadOptions:
             oneDNN's kernels where they run; ``plain`` is in the compute type, for torch's own product; ``stored`` keeps
             float16 values in 16 bits under float32 arithmetic, where that is exact (:func:`half_stored_fits`); ``auto`` is
             ``stored`` for what quantized artifacts leave dense and ``packed`` for unquantized ones.
+        weights: ``artifact`` computes with the numbers the artifact stands for; 4-bit codes are dequantized on load. ``int4``
+            keeps them four bits wide and multiplies in bfloat16 (:class:`~inference.int4.Int4Linear`; CPU only; layers it
+            cannot hold are dequantized). ``int8`` rounds dense and dequantized layers, not the output embedding, to int8 with
+            dynamic activations on load, which changes the model.
         head: ``artifact`` takes the output embedding as it is stored; ``int8`` rounds a dense one to nearest on load, which
             changes the model: nothing on disk says so.
     """
@@ -61,10 +58,12 @@ class LoadOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     dense: str = "auto"
+    weights: str = "artifact"
     head: str = "artifact"
 
     def __post_init__(self) -> None:
-        for key, value, allowed in (("dense", self.dense, DENSE), ("head", self.head, HEAD)):
+        for key, allowed in (("dense", DENSE), ("weights", WEIGHTS), ("head", HEAD)):
+            value = getattr(self, key)
             if value not in allowed:
                 raise InputError(f"{key}={value!r} is not an option; use {', '.join(allowed)}")
 
@@ -93,54 +92,21 @@ def load(directory: Path, options: LoadOptions | None = None) -> Model:
         InputError: the directory holds no model the engine runs, or lacks one of its tensors.
     """
     options = options or LoadOptions()
-    config = read_config(directory)
-    quantization = read_json(directory / "config.json").get("quantization_config") or {}
-    tensors, scheme = _read(directory, quantization)
-    return _Assembly(directory, config, options, tensors, scheme).model()
-
-
-def _read(directory: Path, quantization: dict[str, Any]) -> tuple[dict[str, Tensor], Int8Scheme | None]:
-    """All stored tensors by name; GPTQ and AWQ layers' codes turned into weights, int8 codes as they are."""
-    method = quantization.get("quant_method")
-    if not method:
-        return read_shards(directory), None
-    if method in ("gptq", "awq"):
-        layers, tensors = (exports.gptq if method == "gptq" else exports.awq).read(directory)
-        for name, layer in layers.items():
-            tensors |= _decoded(name, layer)
-        return tensors, None
-    if method == "compressed-tensors" and quantization.get("format") == "pack-quantized":
-        layers, tensors = exports.compressed_tensors.read(directory)
-        for name, layer in layers.items():
-            tensors |= _codes(name, layer) if layer.grid.bits == 8 and layer.grid.symmetric else _decoded(name, layer)
-        return tensors, Int8Scheme(directory / "config.json", "none")
-    if method == "compressed-tensors":
-        return read_shards(directory), int8_scheme(directory / "config.json", quantization)
-    raise InputError(
-        f"{directory}/config.json: quant_method={method!r} is not read by the engine; it reads gptq, awq, compressed-tensors "
-        "and unquantized directories"
-    )
-
-
-def _decoded(name: str, layer: QuantizedTensor) -> dict[str, Tensor]:
-    return {f"{name}.weight": layer.dequantize()}
-
-
-def _codes(name: str, layer: QuantizedTensor) -> dict[str, Tensor]:
-    return {f"{name}.weight": to_signed(layer.codes), f"{name}.weight_scale": layer.scales}
+    keep_int4 = options.weights == "int4" and options.device.type == "cpu"
+    config = read_config(directory)  # before any weight is read
+    return _Assembly(directory, config, options, read_model(directory, keep_int4)).model()
 
 
 class _Assembly:
     """One artifact's tensors on their way into layers."""
 
-    def __init__(
-        self, directory: Path, config: ModelConfig, options: LoadOptions, tensors: dict[str, Tensor], scheme: Int8Scheme | None
-    ) -> None:
-        self.directory, self.config, self.options, self.scheme = directory, config, options, scheme
-        self.tensors = tensors
+    def __init__(self, directory: Path, config: ModelConfig, options: LoadOptions, stored: StoredModel) -> None:
+        self.directory, self.config, self.options = directory, config, options
+        self.tensors, self.scheme, self.int4 = stored.tensors, stored.scheme, stored.int4
         self.dense = options.dense
         if options.dense == "auto":
-            self.dense = "packed" if scheme is None else "stored"
+            codes_stay = bool(stored.int4) or stored.scheme is not None or options.weights == "int8"
+            self.dense = "stored" if codes_stay else "packed"
 
     def model(self) -> Model:
         config, options = self.config, self.options
@@ -180,7 +146,8 @@ class _Assembly:
         return RMSNorm(torch.cat((queries, keys)).to(self.options.device), self.config.norm_eps)
 
     def _stored(self, name: str) -> StoredLinear:
-        weight = self._tensor(f"{name}.weight")
+        codes = self.int4.get(name)  # beside a layer that is none of them
+        weight = self._tensor(f"{name}.weight") if codes is None else codes.dequantize()
         optional = {key: self.tensors.get(f"{name}.{key}") for key in ("bias", "weight_scale", "input_scale")}
         stored = StoredLinear(weight, optional["bias"], optional["weight_scale"], optional["input_scale"])
         if weight.dtype == torch.int8:
@@ -191,12 +158,23 @@ class _Assembly:
 
     def _linear(self, *names: str) -> Linear:
         """One layer of all ``names``, which share their input: one matrix where they are of one kind."""
+        if all(name in self.int4 for name in names):
+            codes = join_codes([self.int4[name] for name in names])
+            if codes is not None:
+                return Int4Linear(codes, self._biases(names))
+            return SideBySide([Int4Linear(self.int4[name], self._biases([name])) for name in names])
         return join([self._stored(name) for name in names], self._layer)
 
-    def _layer(self, stored: StoredLinear) -> Linear:
+    def _biases(self, names: Sequence[str]) -> Tensor | None:
+        biases = [self.tensors[f"{name}.bias"] for name in names if f"{name}.bias" in self.tensors]
+        return torch.cat(biases).to(self.options.device, self.options.dtype) if biases else None
+
+    def _layer(self, stored: StoredLinear, head: bool = False) -> Linear:
         options = self.options
         weight = stored.weight.to(options.device)
         bias = None if stored.bias is None else stored.bias.to(options.device, options.dtype)
+        if stored.scales is None and options.weights == "int8" and not head:
+            return Int8Linear(*quantize_rows(weight), bias)
         if stored.scales is None:
             if self.dense == "stored" and half_stored_fits(weight, options.dtype):
                 return HalfStoredLinear(weight, bias)
@@ -215,7 +193,7 @@ class _Assembly:
         if self.options.head == "int8" and stored.scales is None:
             codes, scales = quantize_rows(stored.weight.to(self.options.device))
             return Int8Linear(codes, scales)
-        return self._layer(stored)
+        return self._layer(stored, head=True)
 
 
 def join(parts: list[StoredLinear], build: Callable[[StoredLinear], Linear]) -> Linear:

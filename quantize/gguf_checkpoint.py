@@ -105,17 +105,43 @@ class GgufCheckpoint(Checkpoint):
         return self._tensors[name].kind
 
     def tensor(self, name: str) -> Tensor:
+        return self.tensor_in(name, self._dtype)
+
+    def tensor_in(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in ``dtype``; float32 holds every value of every type.
+
+        Raises:
+            InputError: it cannot be decoded.
+        """
         info = self._tensors[name]
         try:
-            return self._read(info).reshape(self._parameters[name])
+            return self._read(info, dtype).reshape(self._parameters[name])
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
             raise InputError(f"{self.path}: tensor {info.name} cannot be read ({shown(one_line(error), 200)})") from error
 
-    def _read(self, info: GgufTensorInfo) -> Tensor:
+    def blocks(self, name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+        """A matrix's codes ``[rows, columns]``, and scales and minima ``[rows, groups]``: ``weight = scale * code + minimum``.
+
+        Rows are in transformers' order, as those of :meth:`tensor`.
+
+        Raises:
+            InputError: its type has no codes.
+        """
+        info = self._tensors[name]
+        try:
+            blocks = gguf_types.unpack(self._reader.data(info.name).reshape(-1, info.row_bytes), info.kind)
+            # Whatever a processor does to rows it does to the rows of codes and scales; all of them are exact in float32.
+            parts = (blocks.codes.astype(np.float32), blocks.scales, blocks.minima)
+            codes, scales, minima = (self._processor.process(weights=part, name=info.name).weights for part in parts)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: {info.name} cannot be taken apart ({shown(one_line(error), 200)})") from error
+        return codes.astype(np.uint8), np.ascontiguousarray(scales), np.ascontiguousarray(minima)
+
+    def _read(self, info: GgufTensorInfo, dtype: torch.dtype) -> Tensor:
         # Processors look at names only, so what becomes of no rows tells whether anything is done to all of them.
         untouched = len(info.shape) > 1 and self._unprocessed(np.empty((0, *info.shape[1:]), np.float32), info.name)
         rows = self._reader.data(info.name).reshape(-1, info.row_bytes)
-        stored = torch.empty((len(rows), info.shape[-1]), dtype=self._dtype if untouched else torch.float32)
+        stored = torch.empty((len(rows), info.shape[-1]), dtype=dtype if untouched else torch.float32)
         step = max(1, _SLICE // info.shape[-1])
         for first in range(0, len(rows), step):
             values = dequantize(rows[first : first + step], info.kind)
@@ -124,7 +150,7 @@ class GgufCheckpoint(Checkpoint):
         if untouched:
             return stored
         processed = self._processor.process(weights=stored.numpy().reshape(info.shape), name=info.name).weights
-        return torch.from_numpy(np.require(processed, np.float32, ["C", "W"])).to(self._dtype)
+        return torch.from_numpy(np.require(processed, np.float32, ["C", "W"])).to(dtype)
 
     def _unprocessed(self, weights: NDArray[np.float32], name: str) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""Choosing tokens, stopping, and the two command lines."""
+"""Generating until a stop, and the two command lines."""
 
 from __future__ import annotations
 
@@ -6,33 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from inference import bench
 from inference import generate as command
 from inference.engine import Engine
-from inference.generate import Sampling, choose, generate
+from inference.generate import generate
 from inference.load import load
+from inference.sampling import Sampling
 from quantize.errors import InputError
-
-
-@given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=50), st.integers(0, 10), st.integers(0, 100))
-def test_a_choice_is_among_the_top_k(logits: list[float], top_k: int, seed: int) -> None:
-    values = torch.tensor(logits)
-    generator = torch.Generator().manual_seed(seed)
-    token = choose(values, Sampling(1.0, top_k, seed), generator)
-    better = int((values > values[token]).sum())
-    assert better < (top_k or len(logits))
-    assert values[choose(values, Sampling(), generator)] == values.max()
-    assert values[choose(values, Sampling(5.0, 1), generator)] == values.max()
-
-
-def test_choices_follow_the_softmax_at_the_temperature() -> None:
-    logits, generator = torch.tensor([0.0, 1.0, 2.0, -9.0]), torch.Generator().manual_seed(3)
-    counts = torch.bincount(torch.tensor([choose(logits, Sampling(0.5), generator) for _ in range(4000)]), minlength=4)
-    torch.testing.assert_close(counts / 4000, torch.softmax(logits / 0.5, 0), atol=0.025, rtol=0)
 
 
 def test_a_seed_decides_the_text(tiny_llama: Path) -> None:
@@ -65,12 +46,6 @@ def test_text_that_does_not_fit_is_refused_before_it_starts(tiny_llama: Path) ->
         next(generate(engine, [1, 2, 3], 7))
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"temperature": -1.0}, "temperature=-1.0"), ({"top_k": -2}, "top_k=-2")])
-def test_bad_sampling_is_refused(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Sampling(**settings)  # type: ignore[arg-type]
-
-
 def test_the_command_prints_the_text(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(tiny_llama), "import this", "--tokens", "12", "--temperature", "1", "--seed", "4"]
     assert command.main(arguments) == 0
@@ -78,6 +53,11 @@ def test_the_command_prints_the_text(tiny_llama: Path, tmp_path: Path, capsys: p
     assert len(first.strip()) > 3
     assert command.main(arguments) == 0
     assert capsys.readouterr().out == first
+    word = first.split()[1]
+    assert command.main([*arguments, "--stop", word]) == 0
+    assert capsys.readouterr().out == first[: first.index(word)] + "\n"
+    assert command.main([*arguments, "--top-p", "2"]) == 2
+    assert "top_p=2.0" in capsys.readouterr().err
     assert command.main([str(tmp_path), "x"]) == 2
     assert "it has no config.json" in capsys.readouterr().err
 

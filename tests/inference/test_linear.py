@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from inference.int8_product import DirectProduct, SplitProduct, int8_matmul, int8_matmul_padded, int8_product
 from inference.linear import (
     DenseLinear,
     HalfStoredLinear,
@@ -19,8 +20,6 @@ from inference.linear import (
     SideBySide,
     digits,
     half_stored_fits,
-    int8_matmul,
-    int8_matmul_padded,
     packed_fits,
     quantize_rows,
 )
@@ -114,6 +113,20 @@ def test_the_bfloat16_weight_only_kernel_stays_within_bfloat16(tokens: int, rows
     assert close(Int8WeightOnlyLinear(codes, scales)(x), wanted, problem, 2**-7)
 
 
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 2000), st.integers(0, 1000), st.booleans())
+def test_int8_products_are_exact(rows: int, outputs: int, columns: int, seed: int, extreme: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    span = (-128, 128)
+    x = torch.randint(*span, (rows, columns), generator=generator, dtype=torch.int8)
+    codes = torch.randint(*span, (outputs, columns), generator=generator, dtype=torch.int8)
+    if extreme:  # what would saturate 16-bit sums of two byte products
+        x, codes = torch.where(x < 0, -128, 127).to(torch.int8), torch.where(codes < 0, -128, 127).to(torch.int8)
+    wanted = x.long() @ codes.long().t()
+    assert torch.equal(DirectProduct(codes)(x).long(), wanted)
+    if "fbgemm" in torch.backends.quantized.supported_engines and int(wanted.abs().max()) < 2**24:
+        assert torch.equal(SplitProduct(codes)(x).long(), wanted)
+
+
 @given(problems(groups=False))
 def test_digits_are_the_inputs_to_24_bits(problem: dict[str, Any]) -> None:
     x = problem["x"]
@@ -197,11 +210,16 @@ def test_a_wide_weight_is_widened_in_pieces() -> None:
 
 def test_bytes_are_those_held() -> None:
     codes, scales, weight = torch.zeros(6, 4, dtype=torch.int8), torch.ones(6, 1), torch.zeros(6, 4)
-    assert Int8Linear(codes, scales).nbytes() == Int8WeightOnlyLinear(codes, scales).nbytes() == 24 + 24
-    assert Int8Linear(codes, scales, torch.zeros(6), torch.ones(1)).nbytes() == 24 + 24 + 24 + 4
+    kernel = int8_product(codes)
+    assert DirectProduct(codes).nbytes() == 24
+    assert Int8Linear(codes, scales).nbytes() == kernel.nbytes() + 24
+    # A kernel with a layout of its own stands beside the codes that prefill widens.
+    copied = 0 if isinstance(kernel, DirectProduct) else kernel.nbytes()
+    assert Int8WeightOnlyLinear(codes, scales).nbytes() == 24 + 24 + copied
+    assert Int8Linear(codes, scales, torch.zeros(6), torch.ones(1)).nbytes() == kernel.nbytes() + 24 + 24 + 4
     assert DenseLinear(weight).nbytes() == PackedLinear(weight).nbytes() == 96
     assert HalfStoredLinear(weight).nbytes() == 48
     both = SideBySide([DenseLinear(weight), Int8Linear(codes, scales)])
-    assert both.nbytes() == 96 + 48
+    assert both.nbytes() == 96 + kernel.nbytes() + 24
     assert both.out_features == 12
     assert both(torch.ones(2, 4)).shape == (2, 12)
