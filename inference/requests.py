@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from inference.config import ModelConfig
-from inference.generate import Sampling, choose
 from inference.paged import Pages
+from inference.sampling import Sampler, Sampling
 from quantize.errors import InputError
 
 OnToken = Callable[[int, int, str | None], None]
@@ -98,7 +97,7 @@ class Work:
         self.preemptions = 0
         self._on_token = on_token
         self._stop = config.stop_tokens if request.stop is None else tuple(request.stop)
-        self._generator = torch.Generator().manual_seed(request.sampling.seed)
+        self._sampler = Sampler(request.sampling, request.prompt)
         self._arrived = time.perf_counter()
         self._first = self._last = float("nan")
 
@@ -115,11 +114,11 @@ class Work:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is all it wants to know of the logits."""
-        return self.request.sampling.temperature == 0
+        return not self.request.sampling.changes_logits
 
     def choose(self, logits: Tensor) -> int:
         """The next token, from float32 ``[vocab_size]``."""
-        return choose(logits, self.request.sampling, self._generator)
+        return self._sampler.choose(logits)
 
     def take(self, token: int) -> None:
         """Add a token to the text, find out whether it was the last, and hand it on."""

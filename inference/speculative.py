@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
-from inference.generate import Sampling, choose
 from inference.kv_cache import KVCache
 from inference.model import Model
+from inference.sampling import Sampler, Sampling
 from quantize.errors import InputError
 
 
@@ -146,14 +146,14 @@ class Speculator:
             return
         sampling = sampling or Sampling()
         stop = self._model.config.stop_tokens if stop is None else stop
-        generator = torch.Generator().manual_seed(sampling.seed)
+        sampler = Sampler(sampling, prompt)
         self._cache.reset()
         tokens, new = list(prompt), list(prompt)
         made = 0
         while True:
             room = max_new_tokens - made - 1
             guesses = self._drafter.propose(tokens, min(self._lookahead, room)) if made and room else []
-            accepted = self._check(new, guesses, sampling, generator)
+            accepted = self._check(new, guesses, sampler)
             self._cache.truncate(len(tokens) + len(accepted) - 1)
             for token in accepted:
                 tokens.append(token)
@@ -164,7 +164,7 @@ class Speculator:
                     return
             new = accepted[-1:]
 
-    def _check(self, new: list[int], guesses: list[int], sampling: Sampling, generator: torch.Generator) -> list[int]:
+    def _check(self, new: list[int], guesses: list[int], sampler: Sampler) -> list[int]:
         """The model's own tokens after ``new``, as many as the guesses allow to know: at least one."""
         device, rows = self._model.device, len(guesses) + 1
         last = torch.arange(len(new) - 1, len(new) + len(guesses), device=device)
@@ -174,7 +174,7 @@ class Speculator:
         self.acceptance.proposed += len(guesses)
         found: list[int] = []
         for row in range(rows):
-            found.append(choose(logits[row], sampling, generator))
+            found.append(sampler.choose(logits[row]))
             if row < len(guesses) and found[row] != guesses[row]:
                 break
         self.acceptance.accepted += len(found) - 1

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from inference.beam import BeamSearch, parallel_samples
 from inference.engine import Engine
-from inference.generate import Sampling, generate
+from inference.generate import generate
 from inference.load import load
 from inference.model import Model
 from inference.paged import PagedCache
 from inference.requests import Request
+from inference.sampling import Sampling
 from quantize.errors import InputError
 
 PROMPT = [5, 17, 299, 0, 44, 44, 120]

@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inference.engine import Engine
-from inference.generate import Sampling, generate
+from inference.generate import generate
 from inference.load import load
 from inference.model import Model
 from inference.paged import PagedCache
 from inference.requests import Request, Result
+from inference.sampling import Sampling
 from inference.scheduler import Policy, Scheduler
 from inference.static_batching import StaticBatching
 from quantize.errors import InputError

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from inference.engine import Engine
-from inference.generate import Sampling, generate
+from inference.generate import generate
 from inference.load import load
 from inference.model import Model
+from inference.sampling import Sampling
 from inference.speculative import Drafter, DraftModel, PromptLookup, Speculator
 from quantize.errors import InputError
 
