@@ -132,7 +132,10 @@ def base_model(facts: CardFacts) -> str | None:
 def _what(facts: CardFacts) -> str:
     manifest, solver = facts.manifest, facts.manifest["solver"]["name"]
     base = base_model(facts)
-    origin = f"[{base}](https://huggingface.co/{base})" if base else f"`{_plain(manifest['base']['name'])}`"
+    name = str(manifest["base"]["name"])
+    link = f"[{base}](https://huggingface.co/{base})"
+    # A local copy may have been changed; its name says at least that it was one.
+    origin = link if name.partition("@")[0] == base else f"`{name}`" + (f", of {link}" if base else "")
     if solver == "none":
         return f"{origin}, not quantized, as {manifest['container']}."
     how = _METHODS.get(solver, solver)

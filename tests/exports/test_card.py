@@ -103,6 +103,8 @@ def test_a_local_base_is_no_hub_id_unless_its_own_card_says_one() -> None:
     local = {**MANIFEST, "base": {**MANIFEST["base"], "name": "my-model"}}
     assert "base_model" not in _data(_card(manifest=local))
     assert _data(_card(manifest=local, base_model="a/b"))["base_model"] == "a/b"
+    assert "`my-model`, of [a/b](https://huggingface.co/a/b), quantized" in _card(manifest=local, base_model="a/b")
+    assert "\n[owner/model](https://huggingface.co/owner/model), quantized to 4 bits by GPTQ" in _card()
 
 
 def test_the_table_has_the_figures_there_are_and_no_others() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from exports.releasing import stated_base
 from exports.shards import write_shards
 from quantize import demo_model
 from quantize.checkpoint import Checkpoint, open_checkpoint
@@ -145,3 +147,11 @@ def test_demo_model_has_the_known_weights(tmp_path: Path, monkeypatch: pytest.Mo
     assert checkpoint.num_parameters() == 134_515_008
     assert {checkpoint.dtype(name) for name in checkpoint.names()} == {torch.float16}
     assert weights_sha256(checkpoint) == DEMO_SHA256
+
+
+def test_its_licence_and_origin_are_carried_on(cache: Path, tiny_llama: Path) -> None:
+    target = cache / f"{demo_model.NAME}-FP16"
+    shutil.copytree(tiny_llama, target)
+    assert demo_model.demo_model() == target
+    assert open_checkpoint(str(target)).license() == "apache-2.0"
+    assert stated_base(target) == "HuggingFaceTB/SmolLM2-135M-Instruct"
