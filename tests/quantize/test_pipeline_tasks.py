@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eval.tasks_scores import unpack_scores
 from quantize import pipeline
@@ -19,7 +20,6 @@ RECIPE = """
 # @package _global_
 quality: fast
 eval:
-  tasks: [builtin]
   task_limit: 8
 variants:
   int4: {solver: {name: rtn}}
@@ -34,7 +34,8 @@ def report_of(run: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(small_run: list[str], run_recipe: RunRecipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run's directory, and its settings."""
-    return run_recipe(tmp_path_factory.mktemp("tasks"), RECIPE, *small_run), small_run
+    settings = [*small_run, "eval.tasks=[builtin]"]
+    return run_recipe(tmp_path_factory.mktemp("tasks"), RECIPE, *settings), settings
 
 
 def test_accuracy_is_in_the_report_and_beside_the_artifact(finished: tuple[Path, list[str]]) -> None:
@@ -102,3 +103,8 @@ def test_an_unknown_task_is_refused_before_anything_runs(
     code, _, errors = cli("recipe=fp16", *small_run, "eval.tasks=[bultin]", f"output_dir={tmp_path / 'run'}")
     assert code == 2 and "bultin is unknown" in errors and "do you mean builtin" in errors
     assert not (tmp_path / "run" / "variants").exists()
+
+
+def test_the_demo_runs_the_built_in_tasks(cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, printed, _ = cli("recipe=demo", "--cfg", "job")
+    assert code == 0 and yaml.safe_load(printed)["eval"]["tasks"] == ["builtin"]
