@@ -14,7 +14,7 @@ TEXT ?=
 
 PRECISIONS := artifacts/precisions/variants
 
-.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq bench-gguf profile-gptq peers vllm llamacpp clean
+.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq bench-gguf bench-inference profile-gptq peers vllm llamacpp clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,9 @@ bench-awq: $(VENV)/.base  ## AWQ here and in every installed peer, side by side,
 
 bench-gguf: $(VENV)/.base  ## GGUF files of llama.cpp's making and ours, as llama.cpp runs them, into docs/gguf-bench.md (`make llamacpp` first)
 	$(BIN)/python -m eval.bench_gguf $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(TEXT),--text '$(TEXT)') $(ARGS)
+
+bench-inference: $(VENV)/.base  ## every idea of the engine as a measured ratio against its goal, into docs/inference.md
+	$(BIN)/python -m inference.bench_table $(ARGS)
 
 profile-gptq: $(VENV)/.base  ## where GPTQ's time goes, part by part, against the machine's matrix-product rate
 	$(BIN)/python -m eval.profile_gptq $(ARGS)

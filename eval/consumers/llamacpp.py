@@ -98,15 +98,22 @@ def kl_divergence(model: Path, logits: Path, *, limit: float = LIMIT) -> Diverge
 
 
 def bench(
-    model: Path, *, prompt_tokens: int = 128, generated_tokens: int = 32, repetitions: int = 3, limit: float = LIMIT
+    model: Path,
+    *,
+    prompt_tokens: int = 128,
+    generated_tokens: int = 32,
+    repetitions: int = 3,
+    threads: int | None = None,
+    limit: float = LIMIT,
 ) -> Speed:
-    """How fast llama.cpp runs a GGUF file on this machine.
+    """How fast llama.cpp runs a GGUF file on this machine, on its own choice of ``threads`` by default.
 
     Raises:
         InputError: the program is missing, fails or is stopped.
     """
     _check_file(model, "model")
     command = ["-m", str(model), "-p", str(prompt_tokens), "-n", str(generated_tokens), "-r", str(repetitions), "-o", "json"]
+    command += ["-t", str(threads)] if threads else []
     output, _ = run("llama-bench", command, limit, errors_apart=True)
     return parse_bench(output)
 
