@@ -65,7 +65,7 @@ class Comparison:
         if logits.shape[-1] != self._reference.meta["vocabulary"]:
             raise InputError(
                 f"{self._reference.path} has a vocabulary of {self._reference.meta['vocabulary']} words, and the artifact "
-                f"{logits.shape[-1]}; compare with the model it was made from"
+                f"{logits.shape[-1]}; compare with the model it was made from, or not at all (eval.divergence=false)"
             )
         if self._top is None:
             self._top = self._reference.window(self._number, logits.device)

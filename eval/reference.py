@@ -151,7 +151,7 @@ class Reference:
         if self.meta["tokens_sha256"] != wanted["tokens_sha256"]:
             raise InputError(
                 f"{self.path} was made with other token ids of the same text: the tokenizers differ; "
-                "compare with the model the artifact was made from"
+                "compare with the model the artifact was made from, or not at all (eval.divergence=false)"
             )
 
     def window(self, number: int, device: torch.device | str = "cpu") -> Top:
