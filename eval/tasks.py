@@ -77,7 +77,7 @@ def evaluate_tasks(
         from eval.tasks_llamacpp import server_lm
 
         with server_lm(gguf_file(artifact)) as lm:
-            return run_tasks(lm, names, consumer="llama.cpp (llama-server)", **options)
+            return run_tasks(lm, names, consumer=f"llama.cpp {lm.build}", **options)
     from eval.tasks_transformers import ArtifactLM
 
     if loaded is None:

@@ -37,12 +37,16 @@ class ServerLM(TemplateLM):  # type: ignore[misc]
     Args:
         request: ``(method, url, value)`` to the answer's JSON object.
         context: tokens that the server has room for.
+
+    Attributes:
+        build: what llama.cpp calls the build.
     """
 
     def __init__(self, request: Ask, context: int = CONTEXT) -> None:
         super().__init__()
         self._request, self.max_length = request, context
         properties = request("GET", "/props", None)
+        self.build = str(properties.get("build_info", "of unknown build"))
         self._bos, self._eos = (self._special(properties.get(name, "")) for name in ("bos_token", "eos_token"))
         if self._eos is None and self._bos is None:
             raise InputError(

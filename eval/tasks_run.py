@@ -57,6 +57,7 @@ def run_tasks(
             or it would run code that the model writes.
     """
     import lm_eval
+    import torch
 
     _quiet()
     with tempfile.TemporaryDirectory(prefix="tasks-") as scratch, _without_bars():
@@ -65,6 +66,7 @@ def run_tasks(
         leaves = {leaf: task for tasks in chosen.values() for leaf, task in tasks.items()}
         random.seed(_RANDOM_SEED)
         np.random.seed(_OTHER_SEED)
+        torch.manual_seed(_OTHER_SEED)
         for task in leaves.values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
