@@ -46,6 +46,7 @@ _COLUMNS: tuple[tuple[str, str, Any], ...] = (
     ("against unquantized", "ppl_ratio", lambda value: f"{100 * (value - 1):+.2f} %"),
     ("KL divergence", "kld_mean", lambda value: f"{value:.4f}"),
     ("same top token", "top1_agreement", lambda value: f"{100 * value:.1f} %"),
+    ("accuracy (%)", "accuracy", str),
     ("peak RSS (MiB)", "peak_rss_bytes", lambda value: f"{value / 2**20:,.0f}"),
     ("decode (tokens/s)", "decode_tokens_per_second", lambda value: f"{value:,.1f}"),
     ("time to make (s)", "seconds", lambda value: f"{value:,.1f}"),
@@ -181,7 +182,15 @@ def _row(record: Json) -> dict[str, Any]:
     for group in ("divergence", "speed"):
         if isinstance(record.get(group), Mapping):
             row = {**record[group], **row}
+    tasks = record.get("tasks") or {}
+    row["accuracy"] = ", ".join(f"{name} {_share(found)}" for name, found in tasks.items()) or None
     return row
+
+
+def _share(found: Json) -> str:
+    """A task's score and its standard error, in per cent."""
+    stderr = "" if found["stderr"] is None else f" ± {100 * found['stderr']:.1f}"
+    return f"{100 * found['value']:.1f}{stderr}"
 
 
 def _protocol(facts: CardFacts) -> list[str]:

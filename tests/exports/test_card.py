@@ -125,6 +125,14 @@ def test_the_table_has_the_figures_there_are_and_no_others() -> None:
     assert "Nothing was measured on this artifact." in _card()
 
 
+def test_accuracy_stands_with_its_standard_error() -> None:
+    tasks = {"builtin": {"value": 0.8857, "stderr": 0.0140}, "own": {"value": 0.5, "stderr": None}}
+    report = {"variants": [{"name": "int4", "tasks": tasks}, {"name": "fp16", "tasks": {}}], "protocol": {"text": "t.txt"}}
+    table = [line for line in _card(report=report).splitlines() if line.startswith("| ")]
+    assert table[0] == "| variant | accuracy (%) |"
+    assert table[2:] == ["| **int4** | **builtin 88.6 ± 1.4, own 50.0** |", "| fp16 | n/a |"]
+
+
 def test_a_release_of_a_run_holds_what_a_stranger_needs(run: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tiny_llama.parent)
     release = build_release(run / "variants" / "int4", "tiny-int4", run=run, gate={"passed": True, "checks": []})
