@@ -11,8 +11,9 @@ import pytest
 
 from exports.registry.local import connect
 from exports.registry.names import parse_reference
-from exports.registry.transfer import directory_problems, pull, read_release
+from exports.registry.transfer import directory_problems, publish, pull, read_release
 from exports.registry.upkeep import registry_problems
+from exports.releasing import build_release
 from quantize import pipeline
 from quantize.config import EvalConfig
 from quantize.files import write_json
@@ -56,8 +57,8 @@ def go(
     monkeypatch.setattr("eval.report.render_chart", lambda report: b"\x89PNG, drawn elsewhere")
 
     def run(*arguments: str, recipe: str = RECIPE, code: int = 0) -> list[str]:
-        publish = ["publish=local", f"publish.location={tmp_path / 'registry'}", "publish.name=tiny"]
-        run_recipe(tmp_path, recipe, *small_run, "eval.divergence=false", *publish, *arguments, code=code)
+        settings = ["publish=local", f"publish.location={tmp_path / 'registry'}", "publish.name=tiny"]
+        run_recipe(tmp_path, recipe, *small_run, "eval.divergence=false", *settings, *arguments, code=code)
         printed = capsys.readouterr()
         lines = printed.out.splitlines() if code == 0 else printed.err.splitlines()
         return [line.removeprefix("published: ") for line in lines if line.startswith(("published: ", "error: "))]
@@ -108,11 +109,9 @@ def test_a_registry_that_was_lost_is_filled_again_and_a_newer_release_is_left_al
     registry = connect("local", str(tmp_path / "registry"))
     registry.remove_tag("tiny-fp16", "latest")
     assert go() == first and registry.tags("tiny-fp16")
-    digest = parse_reference(go("publish.tag=v2", recipe=RECIPE.replace("group_size: -1", "group_size: 32"))[1]).digest
-    assert digest is not None
-    registry.set_tag("tiny-int8", "latest", digest)
-    go()
-    assert set(registry.tags("tiny-int8")) == {"latest", "v2"}
+    newer = build_release(tmp_path / "run" / "variants" / "INT8", "tiny-int8", gate={"passed": True})
+    publish(registry, "tiny-int8", "latest", newer)
+    assert go() == first and registry.tags("tiny-int8") == {"latest": newer.digest}
 
 
 def test_what_failed_its_gate_is_published_by_force_only(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
