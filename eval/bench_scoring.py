@@ -24,7 +24,7 @@ import torch
 
 from eval.consumers import transformers_model
 from eval.protocols import Window, plan
-from eval.scoring import chunked, score
+from eval.scoring import likelihood
 from quantize.checks import check_eval
 from quantize.config import EvalConfig
 from quantize.errors import InputError
@@ -59,7 +59,7 @@ def measure(model: Path, config: EvalConfig, rounds: int) -> dict[str, Any]:
     tokens = sum(len(window.ids) - window.first for window in windows)
     sides: dict[str, Callable[[], float]] = {
         "plain": lambda: plain_loop(loaded.model, windows),
-        "here": lambda: score(chunked(loaded), windows) / tokens,
+        "here": lambda: likelihood(loaded, windows) / tokens,
     }
     for side in sides.values():  # the first forward of a process is no one's figure
         side()

@@ -28,7 +28,7 @@ from eval.consumers import CONSUMERS
 from eval.consumers.base import LoadedArtifact
 from eval.divergence import Comparison
 from eval.protocols import Plan, plan, window_length
-from eval.scoring import chunked, score
+from eval.scoring import chunked, likelihood, score
 from quantize.artifact import fingerprint, record_evaluation
 from quantize.checks import check_eval
 from quantize.config import LOG_LEVELS, PROTOCOLS, EvalConfig
@@ -127,7 +127,7 @@ def _measure(
 ) -> tuple[float, dict[str, Any] | None]:
     """Sum of ``-log p``, and the divergence where there is a reference."""
     if opened is None:
-        return score(chunked(loaded), planned.windows, label=described["name"]), None
+        return likelihood(loaded, planned.windows, described["name"]), None
     opened.check(described)
     watcher = Comparison(opened)
     nll = score(chunked(loaded), planned.windows, watcher, described["name"])

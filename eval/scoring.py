@@ -70,6 +70,37 @@ def score(chunks: Chunks, windows: Iterable[Window], watcher: Watcher | None = N
     return total
 
 
+@torch.inference_mode()
+def likelihood(loaded: LoadedArtifact, windows: Iterable[Window], label: str = "perplexity") -> float:
+    """:func:`score` where nothing else is wanted of the logits: sum of ``-log p`` over all scored tokens, in nats.
+
+    Where the output embedding is a plain matrix, a slice of the vocabulary at a time is made for all positions of a window, in
+    memory that is used again: the matrix is read once a window, and the logits never leave the processor's cache for long.
+    """
+    shown, weight, hidden = list(windows), loaded.head_weight, loaded.hidden
+    probe = shown[0].ids[None, :-1][:, :_PROBED] if shown else None
+    if weight is None or hidden is None or probe is None or not _is_split(loaded, probe, loaded.logits(probe)[0].float()):
+        return score(chunked(loaded), shown, label=label)
+    total, buffer = 0.0, weight.new_empty(CHUNK_BYTES // 8)  # half of a chunk, in float32
+    for window in progress(shown, label):
+        rows = hidden(window.ids[None, :-1])[0, window.first - 1 :]
+        targets = window.ids[window.first :].to(weight.device)
+        true = (rows.float() * weight[targets].float()).sum(-1)
+        total += (_normaliser(rows, weight, buffer) - true).sum(dtype=torch.float64).item()
+    return total
+
+
+def _normaliser(rows: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """Logarithm of the sum of ``exp(logit)`` over the vocabulary for each row, float32 ``[n]``."""
+    columns = max(1, buffer.numel() // len(rows))
+    found = torch.full((len(rows),), -torch.inf, device=weight.device)
+    for low in range(0, len(weight), columns):
+        part = weight[low : low + columns]
+        logits = torch.mm(rows, part.t(), out=buffer[: len(rows) * len(part)].view(len(rows), len(part)))
+        found = torch.logaddexp(found, torch.logsumexp(logits.float(), -1))
+    return found
+
+
 def chunked(loaded: LoadedArtifact) -> Chunks:
     """A model's logits in pieces of at most 32 MiB.
 

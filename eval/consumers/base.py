@@ -23,6 +23,7 @@ class LoadedArtifact:
         hidden: token ids as above to what the output embedding reads, ``[batch, tokens, hidden]``; None where the consumer
             does not give it.
         head: rows of it, ``[n, hidden]``, to logits ``[n, vocabulary]``, which the caller may overwrite; likewise.
+        head_weight: ``[vocabulary, hidden]``, where ``head`` is the product with this matrix and nothing else; else None.
     """
 
     consumer: str
@@ -32,6 +33,7 @@ class LoadedArtifact:
     max_tokens: int
     hidden: Callable[[Tensor], Tensor] | None = None
     head: Callable[[Tensor], Tensor] | None = None
+    head_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def for_evaluation(loaded: LoadedArtifact) -> LoadedArtifact:
 
 
 def functions_of(model: Any) -> dict[str, Any]:
-    """``logits`` of a transformers model, and ``hidden`` and ``head`` where it has a body and an output embedding."""
+    """``logits`` of a transformers model, and ``hidden``, ``head`` and ``head_weight`` as far as it has them apart."""
 
     @torch.inference_mode()
     def logits(token_ids: Tensor) -> Tensor:
@@ -137,7 +137,13 @@ def functions_of(model: Any) -> dict[str, Any]:
     body, head = model.base_model, model.get_output_embeddings()
     if body is model or head is None:
         return {"logits": logits}
-    return {"logits": logits, "hidden": hidden, "head": torch.inference_mode()(head)}
+    plain = type(head) is nn.Linear and head.bias is None
+    return {
+        "logits": logits,
+        "hidden": hidden,
+        "head": torch.inference_mode()(head),
+        "head_weight": head.weight.detach() if plain else None,
+    }
 
 
 def _gptq_backend(quantization: dict[str, Any]) -> Any:

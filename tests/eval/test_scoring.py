@@ -17,7 +17,7 @@ from eval import scoring
 from eval.consumers import transformers_model
 from eval.consumers.base import LoadedArtifact
 from eval.protocols import Window
-from eval.scoring import chunked, score
+from eval.scoring import chunked, likelihood, score
 
 
 def windows(vocabulary: int, *firsts: int) -> list[Window]:
@@ -47,6 +47,23 @@ def test_chunks_give_the_figure_of_all_logits(tiny_llama: Path, monkeypatch: pyt
     monkeypatch.setattr(scoring, "rows_in_chunk", lambda _: rows)
     shown = windows(300, 1, 1, 25, 39)
     assert score(chunked(loaded(tiny_llama)), shown) == pytest.approx(by_hand(tiny_llama, shown), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [64, 4096, 2**25])
+def test_slices_of_the_vocabulary_give_it_too(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 8 * size)
+    shown, artifact = windows(300, 1, 1, 25, 39), loaded(tiny_llama)
+    assert artifact.head_weight is not None
+    asked, head = [], artifact.head
+
+    def counting(hidden: Tensor) -> Tensor:
+        asked.append(len(hidden))
+        assert head is not None
+        return head(hidden)
+
+    found = likelihood(dataclasses.replace(artifact, head=counting), shown)
+    assert asked == [8]  # what is tried out, and no row of any window
+    assert found == pytest.approx(by_hand(tiny_llama, shown), rel=1e-6)
 
 
 def test_logits_are_made_for_scored_positions_alone_and_never_for_a_window(tiny_llama: Path) -> None:
@@ -83,15 +100,16 @@ def test_a_model_that_bounds_its_logits_is_asked_for_them_whole(
         shutil.copy(tiny_llama / name, tmp_path / "gemma" / name)
     shown = windows(300, 1, 12)
     artifact = loaded(tmp_path / "gemma")
-    assert artifact.head is not None
-    assert score(chunked(artifact), shown) == pytest.approx(by_hand(tmp_path / "gemma", shown), rel=1e-6)
+    assert artifact.head_weight is not None
+    for found in (score(chunked(artifact), shown), likelihood(artifact, shown)):
+        assert found == pytest.approx(by_hand(tmp_path / "gemma", shown), rel=1e-6)
 
 
 def test_a_consumer_without_a_head_is_enough(tiny_llama: Path) -> None:
     artifact = loaded(tiny_llama)
     plain = dataclasses.replace(artifact, head=None, hidden=None)
     shown = windows(300, 1, 7)
-    assert score(chunked(plain), shown) == pytest.approx(score(chunked(artifact), shown), rel=1e-6)
+    assert likelihood(plain, shown) == pytest.approx(score(chunked(artifact), shown), rel=1e-6)
 
 
 def test_a_model_that_diverged_scores_nan_or_infinity() -> None:
