@@ -197,11 +197,13 @@ def _protocol(facts: CardFacts) -> list[str]:
     source = facts.evaluation or facts.report
     if source is None or not source.get("protocol"):
         return ["Nothing was measured."]
-    lines = [f"- {_plain(key)}: {_plain(_value(value))}" for key, value in source["protocol"].items()]
-    divergence = source.get("divergence")
-    if isinstance(divergence, Mapping):
-        reference = divergence.get("reference")
-        lines.append(f"- divergence from: {_plain(_value(reference))}")
+    told = {("protocol" if key == "name" else key): value for key, value in source["protocol"].items()}
+    lines = [f"- {_plain(key)}: {_plain(_value(value))}" for key, value in told.items()]
+    reference = (source.get("divergence") or {}).get("reference") if facts.evaluation else None
+    if isinstance(reference, Mapping):
+        kept = f", its {reference['top_k']} likeliest tokens and the rest as one" if reference.get("top_k") else ""
+        name, fingerprint = _plain(str(reference.get("name"))), reference.get("artifact_fingerprint")
+        lines.append(f"- divergence: from {name} (artifact `{fingerprint}`){kept}")
     if facts.evaluation and facts.evaluation.get("consumer"):
         lines.append(f"- loaded by: {_plain(str(facts.evaluation['consumer']))}")
     lines.append("- peak RSS: of the process that loads it, at its largest while loading")
