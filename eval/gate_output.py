@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -120,7 +120,7 @@ def as_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {"schema": SCHEMA, "passed": all(verdict.passed for verdict in verdicts), "artifacts": artifacts}
 
 
-def from_json(value: dict[str, Any]) -> list[Verdict]:
+def from_json(value: Mapping[str, Any]) -> list[Verdict]:
     """The verdicts of :func:`as_json`."""
     return [
         Verdict(

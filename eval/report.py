@@ -41,7 +41,8 @@ class VariantResult:
     nats a token, and ``top1_agreement``: share of tokens where both find the same one likeliest, both None without one and for
     the baseline itself. ``tasks``: for each task what :func:`eval.tasks_scores.summary` gives. ``seconds``: wall time of
     quantize and export. ``consumer``: program and version that loaded the artifact. ``path``: the artifact, relative.
-    ``command``: the shell command that measures ``ppl`` and the tasks again.
+    ``command``: the shell command that measures ``ppl`` and the tasks again. ``gate``: ``passed`` or ``failed: ...``, None
+    without limits.
     """
 
     name: str
@@ -61,6 +62,7 @@ class VariantResult:
     path: str
     command: str
     tasks: Mapping[str, Json] = field(default_factory=dict)
+    gate: str | None = None
 
 
 def build_report(variants: Sequence[VariantResult], *, model: Json, protocol: Json, environment: Json) -> dict[str, Any]:
@@ -243,12 +245,14 @@ _COLUMNS = (
 
 
 def _columns(report: Json) -> list[_Column]:
-    """The columns of a report: a task's stands where any variant has run it."""
+    """The columns of a report: a task's stands where any variant has run it, the gate's where any had to pass it."""
     names = list(dict.fromkeys(task for row in report["variants"] for task in row["tasks"]))
     metrics = {task: found["metric"] for row in report["variants"] for task, found in row["tasks"].items()}
     place = 1 + [column.field for column in _COLUMNS].index("top1_agreement")
     tasks = [_Column(f"{name} ({metrics[name]} %)", "tasks", show_accuracy, task=name) for name in names]
-    return [*_COLUMNS[:place], *tasks, *_COLUMNS[place:]]
+    gate = [_Column("gate", "gate", lambda mark: mark or "-", numeric=False)]
+    gated = any(row["gate"] is not None for row in report["variants"])
+    return [*_COLUMNS[:place], *tasks, *_COLUMNS[place:], *(gate if gated else [])]
 
 
 def _finite(value: float | None) -> float | None:

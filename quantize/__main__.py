@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from exports.registry.secrets import redact
 from quantize.checks import validate
 from quantize.config import LOG_LEVELS, register_configs
-from quantize.errors import InputError
+from quantize.errors import GateError, InputError
 from quantize.files import disk_error
 from quantize.logs import quiet_libraries, setup_logging
 
@@ -61,6 +61,8 @@ def main() -> int:
             raise _failures[0]
     except (InputError, HydraException, OmegaConfBaseException) as error:
         return _fail(explain(error), 2, debug)
+    except GateError as error:
+        return _fail(str(error), 3, debug=False)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where this one stopped", 130, debug=False)
     except FileExistsError as error:  # Hydra makes output_dir before anything here runs

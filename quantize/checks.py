@@ -26,6 +26,7 @@ from quantize.config import (
     VariantConfig,
 )
 from quantize.errors import InputError
+from quantize.limits import DIVERGENCES, check_limits, set_limits
 
 
 def validate(composed: Any) -> RunConfig:
@@ -54,8 +55,36 @@ def validate(composed: Any) -> RunConfig:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise InputError(f"variants.{name}: a variant's name becomes a folder; use letters, digits, '.', '_' and '-'")
         _check_variant(f"variants.{name}", variant)
+    _check_gate(config)
     _check_publish(config)
     return config
+
+
+def _check_gate(config: RunConfig) -> None:
+    """Refuse limits that are impossible, or on figures that this recipe does not measure."""
+    check_limits("gate", config.gate)
+    for name, variant in config.variants.items():
+        check_limits(f"variants.{name}.gate", variant.gate)
+    if not {"gate", "evaluate"} <= set(config.stages):
+        return
+    from quantize.keys import baseline_of  # late, as in _check_variant
+
+    baseline = baseline_of(config)
+    for name, variant in config.variants.items():
+        limits, key = set_limits(variant.gate), f"variants.{name}.gate"
+        if name == baseline:
+            continue
+        compared = [limit for limit in limits if limit not in ("size_bytes", "peak_rss_bytes")]
+        if compared and baseline is None:
+            raise InputError(
+                f"{key}.{compared[0]} compares with an unquantized variant, and the recipe has none; add "
+                "'+variants.fp16={solver: {name: none}, container: safetensors}'"
+            )
+        if not config.eval.divergence and (diverging := [limit for limit in limits if limit in DIVERGENCES]):
+            raise InputError(f"{key}.{diverging[0]} is measured with eval.divergence=true; it is false")
+        for task in limits.get("task_drop", {}):
+            if task not in config.eval.tasks:
+                raise InputError(f"{key}.task_drop.{task}: eval.tasks={config.eval.tasks} lacks it; add it there")
 
 
 def _check_publish(config: RunConfig) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import II, MISSING
 
-STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "report", "publish")
+from quantize.limits import GateConfig, VariantGateConfig
+
+STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "gate", "report", "publish")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
 # What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
 QUALITIES: dict[str, dict[str, Any]] = {
@@ -141,6 +143,7 @@ class VariantConfig:
     pure: bool = False  # gguf: the file type's own type for every matrix, and no mix
     token_embedding_type: str | None = None  # gguf: such as q8_0; null: as llama.cpp has it
     output_tensor_type: str | None = None
+    gate: VariantGateConfig = field(default_factory=VariantGateConfig)
 
 
 @dataclass
@@ -179,6 +182,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     variants: dict[str, VariantConfig] = field(default_factory=dict)
     container: str = "gptq"  # of variants that name none

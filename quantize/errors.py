@@ -10,6 +10,10 @@ class InputError(ValueError):
     """
 
 
+class GateError(Exception):
+    """Everything was done as asked, and an artifact failed its gate: the command line prints it and exits with 3."""
+
+
 def one_line(error: BaseException) -> str:
     """A library's message on one line of at most 200 characters, for quoting inside an :class:`InputError`."""
     return " ".join(str(error).split())[:200] or type(error).__name__

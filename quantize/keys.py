@@ -14,8 +14,10 @@ from calibration.sources import matching_files
 from exports.containers import CONTAINERS
 from quantize import artifact
 from quantize.artifact import EVALUATION, MANIFEST
+from quantize.config import RunConfig
 from quantize.errors import InputError
 from quantize.files import sha256_file
+from quantize.limits import set_limits
 from quantize.manifest import Manifest, step_key, versions
 from quantize.run import Run, needs_calibration, solves
 from quantize.solvers import SOLVERS
@@ -88,7 +90,7 @@ class StepKeys:
 
     def baseline(self) -> str | None:
         """The variant that the others are compared with: the first that is not quantized."""
-        return next((name for name, v in self.config.variants.items() if not SOLVERS[v.solver.name].quantizes), None)
+        return baseline_of(self.config)
 
     def compared(self, name: str) -> bool:
         """Whether a variant's divergence from the baseline is measured."""
@@ -128,18 +130,46 @@ class StepKeys:
             return ["--save-reference", str(self.reference), "--top-k", str(self.config.eval.top_k)]
         return ["--reference", str(self.reference)] if self.compared(name) else []
 
+    def gated(self) -> list[str]:
+        """The variants that have limits; the baseline has none, being what others are compared with."""
+        return [name for name, v in self.config.variants.items() if name != self.baseline() and set_limits(v.gate)]
+
+    def speed(self, name: str) -> str:
+        """The bytes of the artifact and the baseline's, which are run in turn."""
+        names = [name, *([first] if (first := self.baseline()) is not None else [])]
+        return step_key("speed", [self._measured(each)[0] for each in names], versions(), str(self.run.device))
+
+    def gate(self, name: str) -> str:
+        """The limits, and the figures of the artifact and the baseline as they lie beside them."""
+        names = [name, *([first] if (first := self.baseline()) is not None else [])]
+        return step_key("gate", set_limits(self.config.variants[name].gate), [self._measured(each) for each in names])
+
+    def _measured(self, name: str) -> list[str]:
+        """Hashes of an evaluated artifact's manifest and figures."""
+        self.need(f"evaluate/{name}", self.evaluate(name))
+        figures = self.run.artifact(name) / EVALUATION
+        return [sha256_file(self.run.artifact(name) / MANIFEST), sha256_file(figures) if figures.is_file() else ""]
+
     def report(self) -> str:
-        """Every evaluation."""
+        """Every evaluation, and what the gate found."""
         names = list(self.config.variants)
         keys = [self.evaluate(name) for name in names]
         for name, key in zip(names, keys, strict=True):
             self.need(f"evaluate/{name}", key)
-        return step_key("report", names, keys)
+        return step_key("report", names, keys, *([found] if (found := self.gate_results()) else []))
+
+    def gate_results(self) -> dict[str, Any]:
+        """What the gate found of each variant, as far as it has been run for these limits and figures."""
+        finished = [name for name in self.gated() if self.manifest.finished(f"gate/{name}", self.gate(name))]
+        return {name: self.manifest.result(f"gate/{name}") for name in finished}
 
     def gate_result(self, name: str) -> dict[str, Any] | None:
-        """What the gate found of a variant, with ``passed``; None where it has no limits."""
-        entry = self.manifest.data["steps"].get(f"gate/{name}")
-        return entry["result"] if entry is not None else None
+        """What the gate found of a variant, with ``passed``; None where it has no limits.
+
+        Raises:
+            InputError: it has limits, and the gate has not been run for them.
+        """
+        return self.need(f"gate/{name}", self.gate(name)) if name in self.gated() else None
 
     def publish(self, name: str) -> str:
         """The artifact, its figures and its gate, and where it goes. The report is published with it, as it is by then."""
@@ -173,6 +203,11 @@ class StepKeys:
         if calibration.source != "text" or calibration.path is None:
             return False
         return any(file.samefile(text) for file in matching_files(calibration.path))
+
+
+def baseline_of(config: RunConfig) -> str | None:
+    """The first variant of a recipe that is not quantized; None where all are."""
+    return next((name for name, v in config.variants.items() if not SOLVERS[v.solver.name].quantizes), None)
 
 
 def folder_stamp(path: str | None) -> list[Any]:

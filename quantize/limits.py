@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from quantize.errors import InputError, one_line
 
 PRESETS = Path(__file__).resolve().parent.parent / "recipes" / "gate"
+DIVERGENCES = ("kld_mean", "kld_p99", "top1_agreement")  # limits on what eval.divergence measures
 # For each limit what it may be, and a value that works.
 _RANGES: dict[str, tuple[float, float, str]] = {
     "ppl_ratio": (0, math.inf, "1.05"),
@@ -41,7 +42,8 @@ class GateConfig:
     kld_mean: float | None = None  # at most: divergence from the baseline, nats a token
     kld_p99: float | None = None  # at most: 99 % of the tokens lie below
     top1_agreement: float | None = None  # at least: share of tokens, 0 to 1
-    task_drop: dict[str, float] | None = None  # at most, for each task: score lost (0.02: two points), where it is beyond noise
+    # At most, for each task: score lost (0.02: two points), where it is beyond noise.
+    task_drop: dict[str, float] = field(default_factory=dict)
     size_bytes: int | None = None  # at most: weight files
     size_ratio: float | None = None  # at most: over the baseline's
     peak_rss_bytes: int | None = None  # at most: the consumer's process while it loads
@@ -57,7 +59,7 @@ class VariantGateConfig(GateConfig):
     kld_mean: float | None = II("gate.kld_mean")
     kld_p99: float | None = II("gate.kld_p99")
     top1_agreement: float | None = II("gate.top1_agreement")
-    task_drop: dict[str, float] | None = II("gate.task_drop")
+    task_drop: dict[str, float] = II("gate.task_drop")
     size_bytes: int | None = II("gate.size_bytes")
     size_ratio: float | None = II("gate.size_ratio")
     peak_rss_bytes: int | None = II("gate.peak_rss_bytes")
@@ -83,7 +85,7 @@ def check_limits(key: str, limits: GateConfig) -> None:
 
 def set_limits(limits: GateConfig) -> dict[str, Any]:
     """The limits that are set, by name, in their order; an empty ``task_drop`` is none."""
-    values = {field.name: getattr(limits, field.name) for field in fields(GateConfig)}
+    values = {each.name: getattr(limits, each.name) for each in fields(GateConfig)}
     return {name: value for name, value in values.items() if value is not None and value != {}}
 
 
@@ -102,7 +104,7 @@ def read_limits(given: Sequence[str]) -> GateConfig:
         try:
             merged = OmegaConf.merge(merged, _parsed(text))
         except OmegaConfBaseException as error:
-            known = ", ".join(field.name for field in fields(GateConfig))
+            known = ", ".join(each.name for each in fields(GateConfig))
             raise InputError(f"--limits {text}: {one_line(error).split(' full_key:')[0]}; known are {known}") from error
     limits = OmegaConf.to_object(merged)
     assert isinstance(limits, GateConfig)

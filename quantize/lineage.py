@@ -82,7 +82,9 @@ def _recipe(run: Run, name: str, calibrated: bool) -> dict[str, Any]:
         del calibration["activations"]  # where they are kept changes no byte
         calibration["path"] = portable(config.calibration.path) if config.calibration.path else None
         recipe |= {"calibration": calibration, "quality": config.quality, "seed": config.seed}
-    return {**recipe, "variants": {name: asdict(config.variants[name])}}
+    variant = asdict(config.variants[name])
+    del variant["gate"]  # what is asked of the artifact changes no byte
+    return {**recipe, "variants": {name: variant}}
 
 
 def portable(path: str) -> str:

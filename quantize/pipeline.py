@@ -1,8 +1,8 @@
 """The pipeline: which steps a recipe needs, which of them are finished, and running the rest in order.
 
-load -> calibrate -> quantize -> export -> evaluate -> report -> publish. Load, calibrate and report are one step each, the
-others one step a variant. A step's key hashes what its outcome depends on, so a re-run does only what a change of recipe made
-stale, and a finished run does nothing.
+load -> calibrate -> quantize -> export -> evaluate -> gate -> report -> publish. Load, calibrate and report are one step each,
+the others one step a variant. A step's key hashes what its outcome depends on, so a re-run does only what a change of recipe
+made stale, and a finished run does nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from eval.consumers import CONSUMERS
+from eval.gate_run import failures, judge_variant, mark, remove_verdicts, write_verdicts
+from eval.latency import speed_of
 from eval.protocols import window_length
 from eval.report import VariantResult, build_report, render_table, write_report
 from eval.tasks_run import check_known, is_offline
@@ -34,10 +36,10 @@ from quantize import stages
 from quantize.artifact import is_recorded, read_manifest, record_evaluation
 from quantize.config import STAGES, RunConfig
 from quantize.demo_model import demo_model
-from quantize.errors import InputError
-from quantize.files import disk_error, read_json, write_text
+from quantize.errors import GateError, InputError
+from quantize.files import disk_error, read_json, write_json, write_text
 from quantize.keys import StepKeys
-from quantize.manifest import Manifest, StepRecord, cpu_name, versions
+from quantize.manifest import Manifest, StepRecord, cpu_name, step_key, versions
 from quantize.publishing import is_published, publish_variant
 from quantize.run import Run, needs_calibration
 
@@ -49,6 +51,7 @@ def run_pipeline(config: RunConfig) -> Path:
 
     Raises:
         InputError: bad input of any kind.
+        GateError: everything was done, and a variant failed its gate.
     """
     directory = Path(config.output_dir)
     _prepare(directory)
@@ -75,6 +78,8 @@ def run_pipeline(config: RunConfig) -> Path:
         console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     for reference in pipeline.published:
         print(f"published: {reference}")
+    if pipeline.failed:
+        raise GateError("; ".join(pipeline.failed))
     return directory
 
 
@@ -130,14 +135,15 @@ class _Pipeline:
         self.keys = StepKeys(run, manifest)
         self.ran = 0
         self.published: list[str] = []
+        self.failed: list[str] = []  # a sentence on each variant that failed its gate
 
     def run_stage(self, stage: str) -> None:
         """Run one stage's steps, as far as they are not finished."""
         if stage in ("load", "calibrate", "report"):
             self._step(stage, getattr(self.keys, stage)(), getattr(self, f"_{stage}"))
             return
-        if stage == "publish":
-            self._publish_all()
+        if stage in ("gate", "publish"):
+            getattr(self, f"_{stage}_all")()
             return
         for name in self._in_order(stage):
             if stage == "quantize" and not self.keys.quantizes(name):
@@ -145,7 +151,22 @@ class _Pipeline:
             key = getattr(self.keys, stage)(name)
             self._step(f"{stage}/{name}", key, functools.partial(getattr(self, f"_{stage}"), name, key))
             if stage == "evaluate":
-                self._tell_artifact(name)
+                self._tell_artifact(name, self.manifest.result(f"evaluate/{name}"))
+
+    def _gate_all(self) -> None:
+        """Hold every variant that has limits against them; what fails is told when the run is done."""
+        gated = self.keys.gated()
+        for name in gated:
+            if self.config.variants[name].gate.decode_ratio is not None:
+                self._step(f"speed/{name}", self.keys.speed(name), functools.partial(self._speed, name))
+                self._tell_artifact(name, self.manifest.result(f"speed/{name}"))
+            self._step(f"gate/{name}", self.keys.gate(name), functools.partial(self._gate, name))
+        results = [self.manifest.result(f"gate/{name}") for name in gated]
+        if results:
+            self._step("gate", step_key("gate", results), functools.partial(self._write_verdicts, results))
+        else:
+            remove_verdicts(self.run.directory)
+        self.failed = failures(results)
 
     def _publish_all(self) -> None:
         """Publish every variant whose gate allows it; what is in the registry unchanged is left alone."""
@@ -236,12 +257,28 @@ class _Pipeline:
             reference = self.manifest.result(f"evaluate/{baseline}")["tasks"]
             record.result["tasks"] = with_differences(record.result["tasks"], reference)
 
-    def _tell_artifact(self, name: str) -> None:
-        """See that the figures lie beside the artifact too, where they travel with it; others found there are kept."""
-        directory, figures = self.run.artifact(name), self.manifest.result(f"evaluate/{name}")
+    def _tell_artifact(self, name: str, figures: Mapping[str, Any]) -> None:
+        """See that figures lie beside the artifact too, where they travel with it; others found there are kept."""
+        directory = self.run.artifact(name)
         current = read_manifest(directory)["fingerprint"]
         if not is_recorded(directory, figures, current):
             record_evaluation(directory, figures, known=current)
+
+    def _speed(self, name: str, record: StepRecord) -> None:
+        baseline = self.keys.baseline()
+        against = self.run.artifact(baseline) if baseline is not None else None
+        record.result = {"speed": speed_of(self.run.artifact(name), against, device=str(self.run.device))}
+
+    def _gate(self, name: str, record: StepRecord) -> None:
+        baseline, output = self.keys.baseline(), self.run.work("gate", f"{name}.json")
+        against = self.run.artifact(baseline) if baseline is not None else None
+        limits = self.config.variants[name].gate
+        record.result = judge_variant(self.run.artifact(name), limits, against, run=self.run.directory)
+        write_json(output, record.result)
+        record.files = [output]
+
+    def _write_verdicts(self, results: Sequence[Mapping[str, Any]], record: StepRecord) -> None:
+        record.files = write_verdicts(results, self.run.directory)
 
     def _report(self, record: StepRecord) -> None:
         loaded = self.manifest.result("load")
@@ -297,6 +334,7 @@ class _Pipeline:
             seconds=round(quantized + exported["seconds"], 3),
             consumer=evaluation["consumer"],
             path=artifact,
+            gate=mark(verdicts[name]) if name in (verdicts := self.keys.gate_results()) else None,
             command=f"python -m eval.perplexity {arguments}",
         )
 
