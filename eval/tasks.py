@@ -23,7 +23,7 @@ from eval.consumers import CONSUMERS
 from eval.consumers.base import LoadedArtifact
 from eval.consumers.gguf_model import gguf_file
 from eval.consumers.transformers_model import TransformersArtifact
-from eval.llamacpp_tools import find_tool
+from eval.llamacpp_tools import PACKAGE, VERSION, directory, find_tool, home
 from eval.perplexity import container_of
 from eval.tasks_scores import sentence, with_differences
 from eval.tasks_vllm import run_in_vllm
@@ -77,7 +77,7 @@ def evaluate_tasks(
         from eval.tasks_llamacpp import server_lm
 
         with server_lm(gguf_file(artifact)) as lm:
-            return run_tasks(lm, names, consumer=f"llama.cpp {lm.build}", **options)
+            return run_tasks(lm, names, consumer=f"llama.cpp {_llamacpp_version(lm.build)}", **options)
     from eval.tasks_transformers import ArtifactLM
 
     if loaded is None:
@@ -85,6 +85,11 @@ def evaluate_tasks(
         loaded = entry.for_evaluation(entry.load(artifact, device))
     assert isinstance(loaded, TransformersArtifact)
     return run_tasks(ArtifactLM(loaded), names, consumer=loaded.consumer, **options)
+
+
+def _llamacpp_version(build: str) -> str:
+    """What names the llama.cpp that answered: built from the pinned package it does not know its own build number."""
+    return f"of {PACKAGE} {VERSION}" if directory() == home() / "bin" else build
 
 
 def consumer_of(artifact: Path, consumer: str = "auto") -> str:
