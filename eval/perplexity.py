@@ -74,16 +74,9 @@ def evaluate_artifact(
     check_eval(config)
     if reference is not None and save_reference is not None:
         raise InputError("--reference and --save-reference are two runs; save one of the unquantized model first")
-    consumer = CONSUMERS[container_of(artifact)]
     opened = references.Reference(reference) if reference is not None else None
     identity = fingerprint(artifact)
-    reset_peak_rss()
-    loaded = consumer.load(artifact, device)
-    load_peak = peak_rss_bytes()
-    loaded = consumer.for_evaluation(loaded)
-    length = window_length(config)
-    if length + config.bos > loaded.max_tokens:
-        raise InputError(f"eval.seq_len={length} exceeds the model's context of {loaded.max_tokens} tokens; use at most that")
+    loaded, load_peak = _load(artifact, config, device)
     planned = plan(config, loaded.tokenizer, part=part, heldout_fraction=heldout_fraction, cache=cache)
     described = {
         "name": artifact.name,
@@ -120,6 +113,18 @@ def _accuracy(artifact: Path, config: EvalConfig, loaded: LoadedArtifact, device
     folders = [Path(config.task_dir)] if config.task_dir else []
     found = evaluate_tasks(artifact, config.tasks, task_dirs=folders, limit=config.task_limit, device=device, loaded=loaded)
     return {"tasks": found, "task_seconds": round(time.perf_counter() - started, 3)}
+
+
+def _load(artifact: Path, config: EvalConfig, device: str) -> tuple[LoadedArtifact, int]:
+    """The artifact ready for evaluation, and the peak of memory while it was loaded."""
+    consumer = CONSUMERS[container_of(artifact)]
+    reset_peak_rss()
+    loaded = consumer.load(artifact, device)
+    load_peak = peak_rss_bytes()
+    length = window_length(config)
+    if length + config.bos > loaded.max_tokens:
+        raise InputError(f"eval.seq_len={length} exceeds the model's context of {loaded.max_tokens} tokens; use at most that")
+    return consumer.for_evaluation(loaded), load_peak
 
 
 def _measure(

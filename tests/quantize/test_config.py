@@ -51,6 +51,10 @@ def recipe(name: str, *overrides: str) -> RunConfig:
         (["eval.windows=0"], ["eval.windows=0", "16"]),
         (["eval.seq_len=1"], ["eval.seq_len=1", "1024"]),
         (["eval.stride=0"], ["eval.stride=0", "1..eval.seq_len=1024"]),
+        (["eval.protocol=c4"], ["eval.protocol=c4", "windows, gptq, llamacpp, strided, wikitext"]),
+        (["eval=gptq", "eval.bos=true"], ["eval.bos=true", "eval.protocol=gptq", "windows or strided"]),
+        (["eval.windows=-2"], ["eval.windows=-2", "16"]),
+        (["eval.top_k=0"], ["eval.top_k=0", "256"]),
         (["eval.stride=1025"], ["eval.stride=1025", "1..eval.seq_len=1024"]),
         (["~variants.gptq"], ["variants={}"]),
         (["variants.gptq.container=zip"], ["variants.gptq.container=zip", "safetensors", "gptq"]),
@@ -239,3 +243,10 @@ def test_command_line_wins_over_the_recipe() -> None:
     config = recipe("gptq_7b", "calibration=wikitext2", "solver.group_size=64", "model.path=here")
     assert (config.calibration.source, config.calibration.num_samples) == ("wikitext2", 128)
     assert (config.solver.group_size, config.model.path) == (64, "here")
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (RECIPES / "eval").glob("*.yaml")))
+def test_every_shipped_protocol_is_sound(name: str) -> None:
+    config = recipe("demo", f"eval={name}").eval
+    assert config.protocol == ("windows" if name == "perplexity" else name)
+    assert config.windows == (16 if name == "perplexity" else -1)
