@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_run: list[str], run_reci
         known = {key: manifest[key] for key in ("name", "container", "bits", "bits_per_weight", "size_bytes")}
         known |= {"solver": manifest["solver"]["name"], "path": f"variants/{name}", "consumer": "x 1.0", "seconds": 1.0}
         command = f"python -m eval.perplexity '{path}/variants/{name}' --text t.txt"
-        rest: dict[str, Any] = {field.name: None for field in fields(VariantResult) if field.name not in known}
+        required = [each.name for each in fields(VariantResult) if each.default is MISSING and each.default_factory is MISSING]
+        rest: dict[str, Any] = {field: None for field in required if field not in known}
         rest |= {"compression": 1.0, "peak_rss_bytes": 2**20, "ppl": 300.5, "ppl_ratio": 1.0, "command": command}
         results.append(VariantResult(**{**rest, **known}))
     model = {"name": "tiny-llama", "path": next(line for line in small_run if "model.path" in line).split("=")[1]}

@@ -192,5 +192,6 @@ def test_a_pulled_artifact_is_measured_as_the_one_that_was_published(
         pull(reference, tmp_path / reference.name)
         measured = json.loads((tmp_path / reference.name / "evaluation.json").read_text())
         again = evaluate_artifact(tmp_path / reference.name, EvalConfig(text=text, windows=2, seq_len=64))
-        assert again["ppl"] == measured["ppl"]
+        # The same bytes; another process may sum with another number of threads.
+        assert again["ppl"] == pytest.approx(measured["ppl"], rel=1e-5)
         assert directory_problems(tmp_path / reference.name) == []
