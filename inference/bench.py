@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -66,7 +67,7 @@ def parse_artifact(text: str, dtype: torch.dtype, device: torch.device) -> tuple
         InputError: no such directory, or an option that is none.
     """
     directory, *settings = text.split(",")
-    options = dict(setting.partition("=")[::2] for setting in settings)
+    options: dict[str, Any] = dict(setting.partition("=")[::2] for setting in settings)
     unknown = sorted(options.keys() - {"dense", "weights", "head"})
     if unknown:
         raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=, weights= or head=")

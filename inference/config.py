@@ -26,7 +26,8 @@ class ModelConfig:
         qk_norm: RMSNorm over each head of queries and keys (qwen3).
         tied_head: the output embedding is the input embedding.
         rope: the ``rope_parameters`` entry: ``rope_type``, ``rope_theta`` and what the type needs.
-        max_tokens: the longest context; no longer than a sliding window, inside which attention is full attention.
+        max_tokens: the longest context that is attended to in full; no longer than a sliding window.
+        window: the sliding window the model was trained with, for :class:`inference.window.RollingCache`; None without one.
         stop_tokens: ids that end a text.
     """
 
@@ -43,6 +44,7 @@ class ModelConfig:
     rope: Mapping[str, Any]
     max_tokens: int
     stop_tokens: tuple[int, ...]
+    window: int | None = None
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -75,7 +77,8 @@ def read_config(path: Path) -> ModelConfig:
             qk_norm=family == "qwen3",
             tied_head=raw.get("tie_word_embeddings", False),
             rope=_rope_parameters(raw),
-            max_tokens=_max_tokens(raw),
+            max_tokens=min(raw["max_position_embeddings"], _window(raw) or raw["max_position_embeddings"]),
+            window=_window(raw),
             stop_tokens=_stop_tokens(file.parent, raw),
         )
     except KeyError as error:
@@ -98,14 +101,14 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
         **(raw.get("rope_parameters") or {}),
     }
     rope.setdefault("rope_type", rope.get("type", "default"))
-    return rope
+    longest = raw["max_position_embeddings"]
+    return {"original_max_position_embeddings": longest, **rope, "max_position_embeddings": longest}
 
 
-def _max_tokens(raw: Mapping[str, Any]) -> int:
-    longest: int = raw["max_position_embeddings"]
+def _window(raw: Mapping[str, Any]) -> int | None:
     # Mistral's window is on when it is set; Qwen's configs name a window that a second field switches on.
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
-    return min(longest, window) if window else longest
+    window: int | None = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    return window or None
 
 
 def _stop_tokens(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:

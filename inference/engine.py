@@ -14,6 +14,7 @@ from torch import Tensor
 from inference.attention import Attention, attend
 from inference.context import Cache, Uncached
 from inference.kv_cache import KVCache
+from inference.kv_int8 import Int8KVCache
 from inference.model import Model
 from quantize.errors import InputError
 
@@ -34,15 +35,17 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         use_cache: bool = True,
         attention: Attention = attend,
+        cache: Cache | None = None,
     ) -> None:
         """Allocate the cache.
 
         Args:
             model: from :func:`inference.load.load`.
             max_tokens: prompt and generated tokens together; the model's whole context by default.
-            cache_dtype: float32, float16 or bfloat16; the model's compute type by default.
+            cache_dtype: float32, float16, bfloat16 or int8 (:class:`Int8KVCache`); the model's compute type by default.
             use_cache: False runs the whole sequence again for each token, which is what the cache saves.
             attention: how a sequence's queries meet its keys.
+            cache: one made already, of any kind, in place of all of the above.
 
         Raises:
             InputError: see :class:`KVCache`.
@@ -50,9 +53,14 @@ class Engine:
         self.model = model
         longest = max_tokens or model.config.max_tokens
         self.cache: Cache | None = None
-        if use_cache:
+        if cache is not None:
+            self.cache, longest = cache, cache.max_tokens
+        elif use_cache:
             dtype = cache_dtype or model.dtype
-            self.cache = KVCache(model.config, longest, dtype, model.device, attention=attention)
+            if dtype == torch.int8:
+                self.cache = Int8KVCache(model.config, longest, model.device, attention=attention)
+            else:
+                self.cache = KVCache(model.config, longest, dtype, model.device, attention=attention)
         self.max_tokens = longest
         self._attention = attention
         self._tokens: list[int] = []

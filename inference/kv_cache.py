@@ -15,6 +15,23 @@ from quantize.errors import InputError
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def check_size(config: ModelConfig, max_tokens: int, slots: int) -> None:
+    """Raise :class:`InputError` unless a cache may have this size."""
+    if not 0 < max_tokens <= config.max_tokens:
+        raise InputError(f"kv_cache: max_tokens={max_tokens} is outside the model's context; use 1 to {config.max_tokens}")
+    if slots < 1:
+        raise InputError(f"kv_cache: slots={slots} holds no sequence; use 1 or more")
+
+
+def check_room(length: int, tokens: int, max_tokens: int) -> None:
+    """Raise :class:`InputError` unless ``tokens`` more fit behind ``length``."""
+    if length + tokens > max_tokens:
+        raise InputError(
+            f"kv_cache: {length} + {tokens} tokens do not fit into max_tokens={max_tokens}; "
+            f"make it {length + tokens} or shorten the prompt"
+        )
+
+
 class KVCache:
     """Keys and values of one sequence in each slot.
 
@@ -37,10 +54,7 @@ class KVCache:
         Raises:
             InputError: more tokens than the model's positions, no slot, or a type that is not float32, float16 or bfloat16.
         """
-        if not 0 < max_tokens <= config.max_tokens:
-            raise InputError(f"kv_cache: max_tokens={max_tokens} is outside the model's context; use 1 to {config.max_tokens}")
-        if slots < 1:
-            raise InputError(f"kv_cache: slots={slots} holds no sequence; use 1 or more")
+        check_size(config, max_tokens, slots)
         if dtype not in CACHE_DTYPES:
             raise InputError(f"kv_cache: dtype={dtype} is not supported; use {', '.join(map(str, CACHE_DTYPES))}")
         shape = (config.num_layers, slots, config.num_kv_heads, max_tokens, config.head_dim)
@@ -60,11 +74,7 @@ class KVCache:
 
     def check_room(self, tokens: int, slot: int = 0) -> None:
         """Raise :class:`InputError` unless ``tokens`` more tokens fit into the slot."""
-        if self.lengths[slot] + tokens > self.max_tokens:
-            raise InputError(
-                f"kv_cache: {self.lengths[slot]} + {tokens} tokens do not fit into max_tokens={self.max_tokens}; "
-                f"make it {self.lengths[slot] + tokens} or shorten the prompt"
-            )
+        check_room(self.lengths[slot], tokens, self.max_tokens)
 
     def context(self, counts: Sequence[int], slots: Sequence[int] | None = None) -> SlotContext:
         """A forward that adds ``counts[i]`` tokens to the sequence in ``slots[i]`` (0, 1, .. by default).
@@ -83,20 +93,41 @@ class KVCache:
         self.lengths = [0] * len(self.lengths)
 
 
-class SlotContext:
+class SlotPositions:
+    """The part of a context that knows where tokens go: sequences in slots, each with a length.
+
+    Attributes:
+        positions, counts: as in :class:`~inference.context.Context`.
+    """
+
+    def __init__(self, lengths: list[int], counts: Sequence[int], slots: Sequence[int], device: torch.device) -> None:
+        """``lengths``: of all slots; :meth:`advance` writes the new ones into it."""
+        self.counts = counts
+        self._lengths, self._slots = lengths, slots
+        self._starts = [lengths[slot] for slot in slots]
+        self._ends = [start + count for start, count in zip(self._starts, counts, strict=True)]
+        ranges = [torch.arange(start, end, device=device) for start, end in zip(self._starts, self._ends, strict=True)]
+        self.positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+        self._places = list(zip(spans(counts), slots, self._starts, self._ends, strict=True))
+
+    def places(self) -> list[tuple[slice, int, int, int]]:
+        """Of each sequence: its packed rows, its slot, its length before and after."""
+        return self._places
+
+    def advance(self) -> None:
+        for slot, end in zip(self._slots, self._ends, strict=True):
+            self._lengths[slot] = end
+
+
+class SlotContext(SlotPositions):
     """:class:`~inference.context.Context` over the slots of a :class:`KVCache`."""
 
     def __init__(self, cache: KVCache, counts: Sequence[int], slots: Sequence[int]) -> None:
         for count, slot in zip(counts, slots, strict=True):
             cache.check_room(count, slot)
-        self.counts = counts
-        self._cache, self._slots = cache, slots
-        self._starts = [cache.lengths[slot] for slot in slots]
-        self._ends = [start + count for start, count in zip(self._starts, counts, strict=True)]
         device = cache.keys.device
-        ranges = [torch.arange(start, end, device=device) for start, end in zip(self._starts, self._ends, strict=True)]
-        self.positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
-        self._spans = spans(counts)
+        super().__init__(cache.lengths, counts, slots, device)
+        self._cache = cache
         # Several sequences with a token each are one batched product; other kernels than the default take them one by one.
         self._each = len(counts) > 1 and max(counts) == 1 and cache.attention is attend
         if self._each:
@@ -111,7 +142,7 @@ class SlotContext:
             all_keys[self._slot_index, :, self.positions] = keys.to(all_keys.dtype)
             all_values[self._slot_index, :, self.positions] = values.to(all_values.dtype)
             return
-        for span, slot, start, end in zip(self._spans, self._slots, self._starts, self._ends, strict=True):
+        for span, slot, start, end in self._places:
             all_keys[slot, :, start:end].copy_(keys[span].transpose(0, 1))
             all_values[slot, :, start:end].copy_(values[span].transpose(0, 1))
 
@@ -122,10 +153,7 @@ class SlotContext:
             seen = keys[self._rows, :, :longest], values[self._rows, :, :longest]
             return attend_each(queries, *seen, self._end_bias(queries, longest))
         attention = self._cache.attention
-        rows = [
-            attention(queries[span], keys[slot, :, :end], values[slot, :, :end])
-            for span, slot, end in zip(self._spans, self._slots, self._ends, strict=True)
-        ]
+        rows = [attention(queries[span], keys[slot, :, :end], values[slot, :, :end]) for span, slot, _, end in self._places]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _end_bias(self, queries: Tensor, longest: int) -> Tensor:
@@ -134,7 +162,3 @@ class SlotContext:
             self._bias = torch.zeros(behind.shape, dtype=queries.dtype, device=queries.device)
             self._bias = self._bias.masked_fill_(behind, float("-inf"))[:, None, None]
         return self._bias
-
-    def advance(self) -> None:
-        for slot, end in zip(self._slots, self._ends, strict=True):
-            self._cache.lengths[slot] = end

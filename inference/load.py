@@ -5,9 +5,10 @@ Codes of grids without a product of their own are dequantized once, here or on r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class LoadOptions:
             dynamic activations on load, which changes the model.
         head: ``artifact`` takes the output embedding as it is stored; ``int8`` rounds a dense one to nearest on load, which
             changes the model: nothing on disk says so.
+        rope: replaces entries of the config's ``rope_parameters``, such as ``{"rope_type": "yarn", "factor": 4.0}``.
+        max_tokens: the longest context, which may be beyond what the model was trained on; the config's by default.
     """
 
     dtype: torch.dtype = torch.float32
@@ -60,6 +63,8 @@ class LoadOptions:
     dense: str = "auto"
     weights: str = "artifact"
     head: str = "artifact"
+    rope: Mapping[str, Any] | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for key, allowed in (("dense", DENSE), ("weights", WEIGHTS), ("head", HEAD)):
@@ -93,8 +98,14 @@ def load(directory: Path, options: LoadOptions | None = None) -> Model:
     """
     options = options or LoadOptions()
     keep_int4 = options.weights == "int4" and options.device.type == "cpu"
-    config = read_config(directory)  # before any weight is read
+    config = _changed(read_config(directory), options)  # before any weight is read
     return _Assembly(directory, config, options, read_model(directory, keep_int4)).model()
+
+
+def _changed(config: ModelConfig, options: LoadOptions) -> ModelConfig:
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise InputError(f"max_tokens={options.max_tokens} is no context; use 1 or more, such as {config.max_tokens}")
+    return replace(config, rope={**config.rope, **(options.rope or {})}, max_tokens=options.max_tokens or config.max_tokens)
 
 
 class _Assembly:

@@ -16,7 +16,7 @@ from inference.config import ModelConfig
 from inference.context import Context
 from inference.linear import Linear, tensor_bytes
 from inference.norm import RMSNorm
-from inference.rope import rope_table, rotate
+from inference.rope import Rope, rotate
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Model:
         dtype: the compute type: norms' inputs, residual stream, activations between layers.
         embedding: ``[vocab_size, hidden_size]`` in the type it is stored in; rows are widened as they are looked up.
         head: the output embedding.
+        rope: the rotary embedding.
     """
 
     def __init__(
@@ -60,8 +61,7 @@ class Model:
         self.blocks = blocks
         self.norm = norm
         self.head = head
-        cosine, sine = rope_table(config.rope, config.head_dim, config.max_tokens)
-        self._cosine, self._sine = cosine.to(embedding.device, dtype), sine.to(embedding.device, dtype)
+        self.rope = Rope(config.rope, config.head_dim, config.max_tokens, dtype, embedding.device)
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +80,7 @@ class Model:
         Returns:
             Logits in the compute type, ``[n, vocab_size]`` or ``[total, vocab_size]``.
         """
-        cosine, sine = self._cosine[context.positions], self._sine[context.positions]
+        cosine, sine = self.rope.rows(context.positions, context.counts)
         hidden = functional.embedding(tokens, self.embedding).to(self.dtype)
         for index, block in enumerate(self.blocks):
             hidden = hidden + self._attention(block, index, block.input_norm(hidden), cosine, sine, context)

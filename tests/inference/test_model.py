@@ -24,7 +24,7 @@ from inference.kv_cache import KVCache
 from inference.load import LoadOptions, load
 from inference.model import Model
 from inference.norm import RMSNorm
-from inference.rope import rope_table
+from inference.rope import inverse_frequencies
 from quantize.errors import InputError
 
 SIZES = {
@@ -216,8 +216,10 @@ def test_rms_norm_is_its_formula(rows: int, size: int, eps: float, magnitude: in
 
 
 def test_an_unknown_rope_type_is_refused() -> None:
-    with pytest.raises(InputError, match=r"rope_type='yarn' is not supported; the engine has default, llama3"):
-        rope_table({"rope_type": "yarn", "rope_theta": 1e4}, 8, 4)
+    with pytest.raises(InputError, match=r"rope_type='longrope' is not supported; the engine has default, linear"):
+        inverse_frequencies({"rope_type": "longrope", "rope_theta": 1e4}, 8)
+    with pytest.raises(InputError, match=r"rope_type='linear' needs factor in rope_parameters"):
+        inverse_frequencies({"rope_type": "linear", "rope_theta": 1e4}, 8)
 
 
 def test_a_cache_too_small_or_too_large_is_refused(checkpoint: Path) -> None:
@@ -248,5 +250,6 @@ def test_bad_prompts_are_refused(checkpoint: Path) -> None:
 def test_a_sliding_window_bounds_the_context(tmp_path: Path) -> None:
     MistralConfig(**SIZES, sliding_window=100).save_pretrained(tmp_path / "on")
     Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=100).save_pretrained(tmp_path / "off")
-    assert read_config(tmp_path / "on").max_tokens == 100
+    assert read_config(tmp_path / "on").max_tokens == read_config(tmp_path / "on").window == 100
+    assert read_config(tmp_path / "off").window is None
     assert read_config(tmp_path / "off").max_tokens == 256
