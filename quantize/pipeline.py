@@ -72,8 +72,8 @@ def run_pipeline(config: RunConfig) -> Path:
     else:
         log.info("nothing to do: %s is finished and unchanged", directory)
     if "report" in config.stages:
-        # Piped output has no width of its own; the table's figures need about 100 columns.
-        console = Console(width=None if sys.stdout.isatty() else 120)
+        # Piped output has no width of its own; the table's figures need about 120 columns.
+        console = Console(width=None if sys.stdout.isatty() else 140)
         console.print(render_table(read_json(directory / "report.json")))
         console.print(f"report: {directory / 'report.html'}", soft_wrap=True)
     for reference in pipeline.published:

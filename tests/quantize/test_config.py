@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,12 @@ def test_every_shipped_protocol_is_sound(name: str) -> None:
     config = recipe("demo", f"eval={name}").eval
     assert config.protocol == ("windows" if name == "perplexity" else name)
     assert config.windows == (16 if name == "perplexity" else -1)
+
+
+def test_shipped_limits_are_sound_and_ever_looser() -> None:
+    limits = [recipe("demo", f"gate={name}").gate for name in ("strict", "standard", "loose")]
+    assert {file.stem for file in (RECIPES / "gate").glob("*.yaml")} == {"none", "strict", "standard", "loose"}
+    for tight, loose in itertools.pairwise(limits):
+        assert tight.ppl_ratio and loose.ppl_ratio and 1 < tight.ppl_ratio < loose.ppl_ratio
+        assert tight.kld_mean and loose.kld_mean and 0 < tight.kld_mean < loose.kld_mean
+        assert tight.top1_agreement and loose.top1_agreement and 1 > tight.top1_agreement > loose.top1_agreement
