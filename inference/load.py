@@ -98,11 +98,16 @@ def load(directory: Path, options: LoadOptions | None = None) -> Model:
     """
     options = options or LoadOptions()
     keep_int4 = options.weights == "int4" and options.device.type == "cpu"
-    config = _changed(read_config(directory), options)  # before any weight is read
+    config = changed(read_config(directory), options)  # before any weight is read
     return _Assembly(directory, config, options, read_model(directory, keep_int4)).model()
 
 
-def _changed(config: ModelConfig, options: LoadOptions) -> ModelConfig:
+def changed(config: ModelConfig, options: LoadOptions) -> ModelConfig:
+    """``config`` with the rotary scaling and the context that ``options`` ask for.
+
+    Raises:
+        InputError: a context of less than one token.
+    """
     if options.max_tokens is not None and options.max_tokens < 1:
         raise InputError(f"max_tokens={options.max_tokens} is no context; use 1 or more, such as {config.max_tokens}")
     return replace(config, rope={**config.rope, **(options.rope or {})}, max_tokens=options.max_tokens or config.max_tokens)

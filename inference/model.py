@@ -80,15 +80,24 @@ class Model:
         Returns:
             Logits in the compute type, ``[n, vocab_size]`` or ``[total, vocab_size]``.
         """
+        return self.logits(self.run_blocks(self.embed(tokens), context), rows)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The first part of :meth:`forward`: ``[total, hidden_size]`` in the compute type."""
+        return functional.embedding(tokens, self.embedding).to(self.dtype)
+
+    def run_blocks(self, hidden: Tensor, context: Context) -> Tensor:
+        """The second part: hidden states through all blocks, ``[total, hidden_size]`` each; uses ``context`` up."""
         cosine, sine = self.rope.rows(context.positions, context.counts)
-        hidden = functional.embedding(tokens, self.embedding).to(self.dtype)
         for index, block in enumerate(self.blocks):
             hidden = hidden + self._attention(block, index, block.input_norm(hidden), cosine, sine, context)
             hidden = hidden + self._feed_forward(block, block.post_norm(hidden))
         context.advance()
-        if rows is not None:
-            hidden = hidden[rows]
-        return self.head(self.norm(hidden))
+        return hidden
+
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The last part: logits of the ``rows`` of ``hidden``, or of all."""
+        return self.head(self.norm(hidden if rows is None else hidden[rows]))
 
     def _attention(self, block: Block, layer: int, x: Tensor, cosine: Tensor, sine: Tensor, context: Context) -> Tensor:
         config = self.config
