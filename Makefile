@@ -14,7 +14,7 @@ TEXT ?=
 
 PRECISIONS := artifacts/precisions/variants
 
-.PHONY: demo precisions test test-slow test-reference lint format bench bench-gptq bench-awq bench-gguf bench-inference profile-gptq peers vllm llamacpp clean
+.PHONY: demo precisions test test-slow test-reference test-registries docker-registry minisign lint format bench bench-gptq bench-awq bench-gguf bench-inference profile-gptq peers vllm llamacpp clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,20 @@ $(VENV)/.reference: $(VENV)/.dev
 
 test-reference: $(VENV)/.reference  ## our GPTQ and AWQ against AutoGPTQ's and AutoAWQ's own code (minutes; fetches the demo model)
 	$(BIN)/python -m pytest tests/quantize/solvers -m reference $(ARGS)
+
+test-registries: $(VENV)/.dev docker-registry minisign  ## real servers of every registry: push, pull, verify, faults
+	$(BIN)/python -m pytest -m registries tests/exports/registry $(ARGS)
+
+# Debian's packages, unpacked into the project's cache: no root is needed. Their tests say so where they cannot be had.
+CACHE := $(or $(QUANTIZE_CACHE),$(HOME)/.cache/quantize)
+docker-registry: $(CACHE)/docker-registry/usr/bin/docker-registry  ## Docker's registry (Debian)
+minisign: $(CACHE)/minisign/usr/bin/minisign  ## minisign (Debian)
+
+$(CACHE)/docker-registry/usr/bin/docker-registry:
+	-mkdir -p $(CACHE)/docker-registry && cd $(CACHE)/docker-registry && apt-get download docker-registry && dpkg -x docker-registry_*.deb .
+
+$(CACHE)/minisign/usr/bin/minisign:
+	-mkdir -p $(CACHE)/minisign && cd $(CACHE)/minisign && apt-get download minisign libsodium23 && for each in *.deb; do dpkg -x $$each .; done
 
 bench: $(VENV)/.base  ## time and memory of GPTQ on this machine
 	$(BIN)/python -m eval.bench $(ARGS)
