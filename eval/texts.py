@@ -8,9 +8,6 @@ from pathlib import Path
 from calibration.sources import load_text
 from quantize.errors import InputError
 
-_ESCAPE = re.compile(rb"\\(x[0-9a-fA-F]{2}|.)", re.DOTALL)
-_ESCAPED = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
-
 
 def read_text(text: str, part: str, heldout_fraction: float) -> str:
     """The text of a file, ``\\r\\n`` and ``\\r`` read as ``\\n``, or ``builtin``; or one part of either.
@@ -27,15 +24,15 @@ def read_text(text: str, part: str, heldout_fraction: float) -> str:
 
 
 def read_as_llamacpp(text: str, part: str, heldout_fraction: float) -> str:
-    """The text as ``llama-perplexity -f FILE`` takes it: line ends as they are, a final ``\\n`` dropped, escapes replaced.
+    """The text as ``llama-perplexity -f FILE`` takes it: line ends as they are, a final line feed dropped.
 
-    Escapes are ``\\n``, ``\\r``, ``\\t``, ``\\'``, ``\\"``, ``\\\\`` and ``\\xNN`` (llama.cpp, ``string_process_escapes``).
+    Unlike llama.cpp's other programs it replaces no escapes (``tools/perplexity`` sets ``escape`` to false).
 
     Raises:
-        InputError: the file is missing, empty or, after the escapes, no UTF-8.
+        InputError: the file is missing, empty or no UTF-8.
     """
     data = _bytes_of(text) if text != "builtin" and part == "all" else read_text(text, part, heldout_fraction).encode()
-    content = _decoded(text, _ESCAPE.sub(_unescaped, data.removesuffix(b"\n")))
+    content = _decoded(text, data.removesuffix(b"\n"))
     _check_content(text, content)
     return content
 
@@ -116,10 +113,3 @@ def _decoded(text: str, data: bytes) -> str:
 def _check_content(text: str, content: str) -> None:
     if not content.strip():
         raise InputError(f"eval.text={text} is empty; give a text file or builtin")
-
-
-def _unescaped(match: re.Match[bytes]) -> bytes:
-    escape = match[1]
-    if len(escape) == 3:
-        return bytes([int(escape[1:], 16)])
-    return _ESCAPED.get(escape, match[0])

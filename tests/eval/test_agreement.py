@@ -35,7 +35,9 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "prose.raw"
     chosen = ("assignment", "class", "dynamic-features", "exceptions", "imports", "with", "formatstrings")
     pages = [f" = {name} = \n \n {topics[name]} \n" for name in chosen if name in topics]
-    pages[0] += " a quoted \\n escape , a \\x41 , and <|im_start|> spelled out \n"
+    # Early, where the first windows meet them.
+    oddities = " a quoted \\n escape , a \\x41 , a tab \\t and <|im_start|> spelled out \n"
+    pages[0] = " = Oddities = \n" + oddities + pages[0].lstrip(" =")
     file.write_bytes("".join(pages).replace("\n", "\r\n").encode())
     return file
 
