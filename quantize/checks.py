@@ -18,6 +18,7 @@ from quantize.config import (
     PROTOCOLS,
     QUALITIES,
     SEARCH_LOSSES,
+    SENSITIVITIES,
     STAGES,
     CalibrationConfig,
     EvalConfig,
@@ -169,6 +170,7 @@ def _check_variant(key: str, variant: VariantConfig) -> None:
     if variant.dtype is not None:
         _one_of(f"{key}.dtype", variant.dtype, DTYPES)
     _check_file_type(key, variant)
+    _check_budget(key, variant)
     if entry.quantizes:
         Grid(solver.bits, solver.group_size, solver.symmetric)
         _check_inputs(key, variant)
@@ -253,12 +255,50 @@ def _check_inputs(key: str, variant: VariantConfig) -> None:
             f"{key}.container={variant.container} has one bits and one group_size for all layers; use solver.overrides=[], or "
             "solver.skip for dense layers"
         )
+    grids = grids_of(solver)
+    mixed = len({(grid.bits, grid.group_size) for grid in grids}) > 1
+    if variant.container == "compressed-tensors" and mixed and not all(grid.symmetric for grid in grids):
+        raise InputError(
+            f"{key}.container=compressed-tensors: of layers on several grids with zero points transformers misreads all but "
+            "the first grid's; use solver.symmetric=true, or container=gptq"
+        )
     ordered = "gptq" in solver.name and solver.desc_act and not solver.static_groups and not container.file_types
     if ordered and not container.shuffled_groups and any(grid.group_size != -1 for grid in grids_of(solver)):
         raise InputError(
             f"{key}.container={variant.container} stores groups of consecutive columns; use solver.static_groups=true, or "
             "solver.act_group_aware=true with solver.desc_act=false"
         )
+
+
+def _check_budget(key: str, variant: VariantConfig) -> None:
+    """What concerns bits that are chosen layer by layer."""
+    from exports.containers import CONTAINERS
+    from quantize.choices import budgeted, candidate_grids
+    from quantize.solvers import SOLVERS
+
+    solver, entry = variant.solver, SOLVERS[variant.solver.name]
+    _one_of(f"{key}.solver.sensitivity", solver.sensitivity, SENSITIVITIES)
+    _at_least(f"{key}.solver.sensitivity_windows", solver.sensitivity_windows, 1, 4)
+    candidates = candidate_grids(solver)
+    if not budgeted(solver) or not entry.quantizes:
+        return
+    if solver.budget_bits is not None and solver.budget_bytes is not None:
+        raise InputError(f"{key}.solver: budget_bits and budget_bytes are two budgets; set one of them to null")
+    least = min(grid.bits for grid in candidates)
+    if solver.budget_bits is not None and not least <= solver.budget_bits < float("inf"):
+        raise InputError(f"{key}.solver.budget_bits={solver.budget_bits} is below the least of bit_choices; use {least + 1.5}")
+    if solver.budget_bytes is not None:
+        _at_least(f"{key}.solver.budget_bytes", solver.budget_bytes, 1, 60_000_000)
+    kind = CONTAINERS[variant.container]
+    if entry.container is not None or kind.file_types or not kind.mixed_grids:
+        fits = [name for name, other in CONTAINERS.items() if other.mixed_grids and other.quantized and not other.file_types]
+        fits = [name for name in fits if all(name != delegate.container for delegate in SOLVERS.values())]
+        raise InputError(
+            f"{key}.container={variant.container} takes no bits layer by layer; use {' or '.join(fits)}, or "
+            "solver.budget_bits=null"
+        )
+    if solver.lm_head:
+        raise InputError(f"{key}.solver.lm_head=true, but a budget is for layers inside the blocks; use false")
 
 
 def _check_scaling(key: str, solver: SolverConfig) -> None:

@@ -17,7 +17,7 @@ from omegaconf import II, MISSING
 
 from quantize.limits import GateConfig, VariantGateConfig
 
-STAGES = ("load", "calibrate", "quantize", "export", "evaluate", "gate", "report", "publish")
+STAGES = ("load", "calibrate", "allocate", "quantize", "export", "evaluate", "gate", "report", "publish")
 CALIBRATION_SOURCES = ("builtin", "text", "wikitext2", "c4", "pile")
 # What `quality` means for solver fields left null; docs/gptq.md has the figures these were chosen by.
 QUALITIES: dict[str, dict[str, Any]] = {
@@ -28,6 +28,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
 ACTIVATIONS = ("memory", "disk")
 INPUT_ACTIVATIONS = ("none", "dynamic", "static")
 OBSERVERS = ("minmax", "percentile", "mse")
+SENSITIVITIES = ("estimated", "measured")
 SEARCH_LOSSES = ("layer", "module")
 DTYPES = ("float32", "bfloat16", "float16")
 # Protocols of perplexity (eval/protocols.py), and the tokens in a window where `eval.seq_len` is null.
@@ -98,6 +99,12 @@ class SolverConfig:
     lm_head: bool = False
     skip: list[str] = field(default_factory=list)  # besides the routers of experts, which always stay as they are
     overrides: list[OverrideConfig] = field(default_factory=list)
+    # Bits chosen layer by layer: mean bits of a quantized weight, or bytes of all of them, scales and zero points included.
+    budget_bits: float | None = None
+    budget_bytes: int | None = None
+    bit_choices: list[Any] = field(default_factory=lambda: [3, 4, 8])  # bits, or {bits, group_size}
+    sensitivity: str = "estimated"  # estimated | measured: what each choice does to the predictions
+    sensitivity_windows: int = 4  # calibration windows by which that is judged
 
 
 @dataclass
@@ -130,6 +137,11 @@ class VariantSolverConfig(SolverConfig):
     lm_head: bool = II("solver.lm_head")
     skip: list[str] = II("solver.skip")
     overrides: list[OverrideConfig] = II("solver.overrides")
+    budget_bits: float | None = II("solver.budget_bits")
+    budget_bytes: int | None = II("solver.budget_bytes")
+    bit_choices: list[Any] = II("solver.bit_choices")
+    sensitivity: str = II("solver.sensitivity")
+    sensitivity_windows: int = II("solver.sensitivity_windows")
 
 
 @dataclass

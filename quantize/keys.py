@@ -6,7 +6,7 @@ demands that the steps before it are finished, so a stage run alone against an u
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from calibration.sources import matching_files
 from exports.containers import CONTAINERS
 from quantize import artifact
 from quantize.artifact import EVALUATION, MANIFEST
-from quantize.config import RunConfig
+from quantize.choices import budgeted
+from quantize.config import RunConfig, SolverConfig
 from quantize.errors import InputError
 from quantize.files import sha256_file
 from quantize.limits import set_limits
@@ -62,17 +63,35 @@ class StepKeys:
         checkpoint = self.need("load", self.load())["fingerprint"]
         return step_key("calibrate", checkpoint, settings, text_stamp(settings["path"]), self.config.seed)
 
+    def allocates(self, name: str) -> bool:
+        """Whether a variant's bits are chosen layer by layer."""
+        return budgeted(self.config.variants[name].solver) and self.quantizes(name)
+
+    def sensitivities(self, name: str) -> str:
+        """What a choice of bits would cost: all that quantizing depends on but the budget. Of the recipe's own solver."""
+        solver = replace(self.config.variants[name].solver, budget_bits=None, budget_bytes=None)
+        return step_key(
+            "sensitivities", self._quantized_by(name, solver), self.config.variants[name].container, self.config.seed
+        )
+
+    def allocate(self, name: str) -> str:
+        """What each choice would cost, and the budget."""
+        solver = self.config.variants[name].solver
+        return step_key("allocate", self.sensitivities(name), solver.budget_bits, solver.budget_bytes)
+
     def quantize(self, name: str) -> str:
-        """Checkpoint, solver, and calibration windows where the solver uses them."""
-        config, solver = self.config, self.config.variants[name].solver
-        variant = config.variants[name]
+        """Checkpoint, solver (with the grids that were allocated), and calibration windows where the solver uses them."""
+        return step_key("quantize", *self._quantized_by(name, self.config.variants[name].solver))
+
+    def _quantized_by(self, name: str, solver: SolverConfig) -> list[Any]:
+        config, variant = self.config, self.config.variants[name]
         parts: list[Any] = [self.need("load", self.load())["fingerprint"], asdict(solver), repr(self.run.grid(variant))]
         if variant.grid is not None:
             parts.append(repr(self.run.stored(variant)))
-        if needs_calibration(solver):
+        if needs_calibration(variant.solver):
             parts.append(self.need("calibrate", self.calibrate())["fingerprint"])
             parts += [config.calibration.batch_tokens, config.quality, config.model.compute_dtype, self.run.device.type]
-        return step_key("quantize", *parts)
+        return parts
 
     def export(self, name: str) -> str:
         """What was quantized, and the container."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from eval.allocation_chart import render_allocation
 from eval.consumers import CONSUMERS
 from eval.gate_run import failures, judge_variant, mark, remove_verdicts, write_verdicts
 from eval.latency import speed_of
@@ -33,11 +34,13 @@ from eval.tasks_run import check_known, is_offline
 from eval.tasks_scores import described, summary, with_differences
 from exports.registry.secrets import redact
 from quantize import stages
+from quantize.allocate import allocate
 from quantize.artifact import is_recorded, read_manifest, record_evaluation
+from quantize.choices import override_from
 from quantize.config import STAGES, RunConfig
 from quantize.demo_model import demo_model
 from quantize.errors import GateError, InputError
-from quantize.files import disk_error, read_json, write_json, write_text
+from quantize.files import atomic_path, disk_error, read_json, write_json, write_text
 from quantize.keys import StepKeys
 from quantize.manifest import Manifest, StepRecord, cpu_name, step_key, versions
 from quantize.publishing import is_published, publish_variant
@@ -136,9 +139,12 @@ class _Pipeline:
         self.ran = 0
         self.published: list[str] = []
         self.failed: list[str] = []  # a sentence on each variant that failed its gate
+        self.allocated: set[str] = set()
 
     def run_stage(self, stage: str) -> None:
         """Run one stage's steps, as far as they are not finished."""
+        if STAGES.index(stage) > STAGES.index("allocate"):
+            self._use_allocations()
         if stage in ("load", "calibrate", "report"):
             self._step(stage, getattr(self.keys, stage)(), getattr(self, f"_{stage}"))
             return
@@ -147,6 +153,8 @@ class _Pipeline:
             return
         for name in self._in_order(stage):
             if stage == "quantize" and not self.keys.quantizes(name):
+                continue
+            if stage == "allocate" and not self.keys.allocates(name):
                 continue
             key = getattr(self.keys, stage)(name)
             self._step(f"{stage}/{name}", key, functools.partial(getattr(self, f"_{stage}"), name, key))
@@ -186,6 +194,15 @@ class _Pipeline:
     def _publish(self, name: str, record: StepRecord) -> None:
         record.result = publish_variant(self.run, name, self.keys.gate_result(name))
 
+    def _use_allocations(self) -> None:
+        """From here on, variants have the grids that were chosen for their layers; the recipe's own overrides go before."""
+        for name, variant in self.config.variants.items():
+            if self.keys.allocates(name) and name not in self.allocated:
+                chosen = self.keys.need(f"allocate/{name}", self.keys.allocate(name))["overrides"]
+                overrides = [*variant.solver.overrides, *map(override_from, chosen)]
+                self.config.variants[name] = replace(variant, solver=replace(variant.solver, overrides=overrides))
+                self.allocated.add(name)
+
     def _in_order(self, stage: str) -> list[str]:
         """The variants; those to be evaluated after the one that they are compared with."""
         names = list(self.config.variants)
@@ -209,6 +226,14 @@ class _Pipeline:
     def _calibrate(self, record: StepRecord) -> None:
         if self.keys.calibrates():
             stages.calibrate(self.run, record)
+
+    def _allocate(self, name: str, key: str, record: StepRecord) -> None:
+        self.manifest.discard_changed(f"allocate/{name}", key)
+        result = allocate(self.run, name, self.keys.sensitivities(name), record)
+        chart = self.run.directory / "allocation" / f"{name}.png"
+        with atomic_path(chart) as path:
+            path.write_bytes(render_allocation(name, result))
+        record.files.append(chart)
 
     def _quantize(self, name: str, key: str, record: StepRecord) -> None:
         self.manifest.discard_changed(f"quantize/{name}", key)

@@ -16,6 +16,7 @@ from exports import gguf
 from exports.containers import CONTAINERS
 from quantize.blocks import DecoderWalk
 from quantize.checkpoint import Checkpoint, open_checkpoint
+from quantize.choices import budgeted, candidate_grids
 from quantize.config import QUALITIES, OverrideConfig, RunConfig, SolverConfig, VariantConfig
 from quantize.devices import resolve_compute_dtype, resolve_device
 from quantize.experts import is_router
@@ -141,13 +142,14 @@ def grid_of(solver: SolverConfig, layer: str = "") -> Grid:
 
 def grids_of(solver: SolverConfig) -> list[Grid]:
     """Every grid a solver's layers may be on."""
-    return [grid_of(solver), *(override_grid(solver, override) for override in solver.overrides)]
+    chosen = candidate_grids(solver) if budgeted(solver) else [grid_of(solver)]
+    return [*chosen, *(override_grid(solver, override) for override in solver.overrides)]
 
 
 def needs_calibration(solver: SolverConfig) -> bool:
-    """Whether a variant's layers are quantized by what their inputs are."""
+    """Whether a variant's layers are quantized by what their inputs are, or their bits are chosen by that."""
     return SOLVERS[solver.name].needs_calibration or (
-        SOLVERS[solver.name].quantizes and (solver.input_activations == "static" or solver.smoothquant)
+        SOLVERS[solver.name].quantizes and (solver.input_activations == "static" or solver.smoothquant or budgeted(solver))
     )
 
 

@@ -27,6 +27,7 @@ from quantize import __version__
 from quantize.artifact import write_manifest
 from quantize.block_files import BlockFiles
 from quantize.checkpoint import Checkpoint
+from quantize.choices import budgeted
 from quantize.config import VariantConfig
 from quantize.errors import InputError
 from quantize.files import atomic_directory, files_below, sha256_file, sha256_json, write_tensors
@@ -227,7 +228,7 @@ def export(run: Run, name: str, loaded: Mapping[str, Any], windows: Mapping[str,
         weight_bytes = sum(file.stat().st_size for file in files_below(directory) if file.suffix in (".safetensors", ".gguf"))
         record.result = {
             "size_bytes": weight_bytes,
-            "bits": _bits(run, variant, bool(layers)),
+            "bits": _bits(run, variant, layers),
             "bits_per_weight": 8 * weight_bytes / checkpoint.num_parameters(),
             "quantized_layers": len(layers),
         }
@@ -235,11 +236,15 @@ def export(run: Run, name: str, loaded: Mapping[str, Any], windows: Mapping[str,
     record.files = files_below(run.artifact(name))
 
 
-def _bits(run: Run, variant: VariantConfig, quantized: bool) -> int:
+def _bits(run: Run, variant: VariantConfig, layers: Mapping[str, Grid]) -> float:
+    """Nominal bits of the quantized layers; where they were allocated, the mean over weights."""
     if CONTAINERS[variant.container].file_types:
         kind = gguf_types.TYPES[gguf.main_type(run.file_type(variant))]
         return kind.bits or 8 * kind.type_size
-    return variant.solver.bits if quantized else torch.finfo(run.dense_dtype(variant)).bits
+    if layers and budgeted(variant.solver):
+        sizes = {name: rows * columns for part in parts_of(run, variant) for name, (rows, columns) in part.items()}
+        return round(sum(layers[name].bits * sizes[name] for name in layers) / sum(sizes[name] for name in layers), 2)
+    return variant.solver.bits if layers else torch.finfo(run.dense_dtype(variant)).bits
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,7 +85,14 @@ def _from_pretrained(directory: Path, device: str, quantization: dict[str, Any])
     elif method == "compressed-tensors":
         _need_compressed_tensors()
         packages.append("compressed-tensors")
-        if not all(group["weights"]["symmetric"] for group in quantization["config_groups"].values()):
+        weights = [group["weights"] for group in quantization["config_groups"].values()]
+        if not all(kind["symmetric"] for kind in weights):
+            if len({(kind["num_bits"], kind.get("group_size")) for kind in weights}) > 1:
+                # Its loader takes the first group's bits for every layer, and says nothing.
+                raise InputError(
+                    f"transformers misreads {directory}, which has layers on several grids with zero points; make it with "
+                    "solver.symmetric=true"
+                )
             # Otherwise compressed-tensors expects zero points that are not packed, and its own files' are.
             options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:

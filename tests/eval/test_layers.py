@@ -25,7 +25,7 @@ RECIPE = """
 # @package _global_
 variants:
   int4: {solver: {name: rtn}}
-  packed: {solver: {name: rtn, overrides: [{match: down_proj, bits: 8}]}, container: compressed-tensors}
+  packed: {solver: {name: rtn, symmetric: true, overrides: [{match: down_proj, bits: 8}]}, container: compressed-tensors}
   inputs:
     solver: {name: rtn, bits: 8, group_size: -1, symmetric: true, input_activations: dynamic}
     container: compressed-tensors

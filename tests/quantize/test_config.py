@@ -185,10 +185,16 @@ def test_every_solver_field_is_inherited() -> None:
         "outlier_threshold": "4.5",
         "double_quant": "true",
         "refits": "1",
+        "bit_choices": "[3, 8]",
+        "sensitivity": "measured",
+        "sensitivity_windows": "2",
     }
     config = recipe("gptq", *CT, "solver=rtn", *(f"solver.{key}={value}" for key, value in changed.items()))
     assert vars(config.variants["gptq"].solver) == vars(config.solver)
-    assert set(vars(config.solver)) == {"name", *changed}
+    budgets = {"budget_bits": 4.5, "budget_bytes": 9000}  # one at a time, and not beside a quantized output embedding
+    assert set(vars(config.solver)) == {"name", *changed, *budgets}
+    for key, value in budgets.items():
+        assert getattr(recipe("gptq", f"solver.{key}={value}").variants["gptq"].solver, key) == value
 
 
 def test_a_variant_can_be_set_on_the_command_line() -> None:
@@ -210,6 +216,7 @@ def test_the_shipped_recipes_are_these() -> None:
         "gptq_ablation",
         "int8",
         "llm_int8",
+        "mixed",
         "nf4",
         "precisions",
     ]
