@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class Bench:
         prompt, tokens: lengths of a prompt and of a text.
         requests: of the trace that is batched.
         batch: sequences at a time in it.
+        windows: of text that perplexity is measured on.
     """
 
     model: Path
@@ -81,7 +82,7 @@ class Bench:
     tokens: int = 128
     requests: int = 64
     batch: int = 16
-    notes: list[str] = field(default_factory=list)
+    windows: int = 16
 
     @cached_property
     def fp32(self) -> Model:

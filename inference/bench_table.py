@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from inference import bench_decode, bench_serving
+from inference import bench_decode, bench_kv, bench_serving
 from inference.bench_cases import Bench, LeftOut, Row
 from quantize.demo_model import demo_model
 from quantize.errors import InputError
@@ -37,6 +37,7 @@ CASES: dict[str, Callable[[Bench], Row | list[Row]]] = {
     "static": bench_serving.static_eight,
     "continuous": bench_serving.against_static,
     "prefix": bench_serving.shared_prompt,
+    "kv-int8": bench_kv.int8_cache,
     "speculative": bench_decode.speculative,
 }
 BEGIN, END = "<!-- bench-inference: written by `make bench-inference` -->", "<!-- /bench-inference -->"
