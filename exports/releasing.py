@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from exports.card import CardFacts, base_model, render_card, spdx
+from exports.provenance import PROVENANCE, provenance
 from exports.registry.base import GateFailed
 from exports.registry.release import CARD, Release, assemble
 from exports.registry.secrets import redact, redact_values
@@ -53,6 +54,7 @@ def build_release(
         raise GateFailed(f"{artifact} failed its gate and is not published; mend it, or say publish.force=true")
     manifest = read_manifest(artifact)
     extras = {**_run_files(run), **_license_files(checkpoint)}
+    extras[PROVENANCE] = ("provenance", provenance(manifest))
     if gate is not None:
         extras[GATE] = ("gate", _json(redact_values(dict(gate))))
     facts = CardFacts(

@@ -32,8 +32,12 @@ def check_publish(config: RunConfig) -> None:
     if chosen.registry not in REGISTRIES:
         raise InputError(f"publish.registry={chosen.registry} is unknown; use {' or '.join(REGISTRIES)}, or null for none")
     if not chosen.location:
-        raise InputError(f"publish.registry={chosen.registry} needs publish.location; say publish=local, or name a directory")
+        raise InputError(
+            f"publish.registry={chosen.registry} needs publish.location; use a directory for local, HOST[:PORT] for oci, "
+            "http://HOST:PORT for mlflow"
+        )
     check_tag(chosen.tag)
+    connect(chosen.registry, chosen.location).check_tag(chosen.tag)
     if chosen.name is not None:
         check_name(chosen.name, chosen.registry)
     names: dict[str, str] = {}

@@ -13,7 +13,11 @@ from exports.registry.names import Reference
 from quantize.errors import InputError
 
 # By module name: what a registry needs is imported only where it is used.
-REGISTRIES: dict[str, str] = {"local": "exports.registry.local", "oci": "exports.registry.oci"}
+REGISTRIES: dict[str, str] = {
+    "local": "exports.registry.local",
+    "oci": "exports.registry.oci",
+    "mlflow": "exports.registry.mlflow",
+}
 
 __all__ = ["REGISTRIES", "Reference", "Registry", "connect"]
 

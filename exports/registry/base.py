@@ -120,6 +120,14 @@ class Registry(ABC):
             raise NotFound(f"{reference} does not exist; {there}")
         return tags[reference.tag]
 
+    def check_tag(self, tag: str) -> None:
+        """Refuse a tag that this registry cannot have, before anything is sent; the general grammar has been checked.
+
+        Raises:
+            InputError: it cannot.
+        """
+        return
+
     @abstractmethod
     def names(self) -> list[str]:
         """The names that have releases, sorted."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exports.provenance import provenance_problems
 from exports.registry.base import CHUNK, MANIFEST_BYTES, Damaged, Entry
 from exports.registry.contents import check_list, directory_names, pickle_problem
 from exports.registry.secrets import holds_secret, known_secrets
@@ -128,11 +129,11 @@ def parse_release(manifest: bytes, where: str) -> Release:
     return Release(tuple(_parse_entry(name, files[name], where) for name in sorted(files)), manifest, value)
 
 
-def disagreements(release: Release, sums: bytes | None, manifest: bytes | None) -> list[str]:
+def disagreements(release: Release, sums: bytes | None, manifest: bytes | None, statement: bytes | None = None) -> list[str]:
     """Where a release's three lists of hashes differ: release.json, ``SHA256SUMS`` and the artifact's ``manifest.json``.
 
     Only SHA256SUMS may be signed, and only the manifest is what a gate judged: a release whose lists differ is none of ours.
-    ``sums`` and ``manifest`` are the bytes of those files, None where they are missing.
+    ``sums``, ``manifest`` and ``statement`` (its provenance) are the bytes of those files, None where they are missing.
     """
     listed = {entry.name: entry.sha256 for entry in release.entries}
     own = {entry.name for entry in release.entries if entry.role in ("sums", "signature")}
@@ -149,6 +150,8 @@ def disagreements(release: Release, sums: bytes | None, manifest: bytes | None) 
     ]
     roles = {entry.name for entry in release.entries if entry.role == "artifact"}
     problems += [f"{name}: {MANIFEST} and {RELEASE} differ" for name in sorted(roles ^ artifact.keys())]
+    if statement is not None and isinstance(files, dict):
+        problems += provenance_problems(statement, json.loads(manifest or b"{}"))
     return problems + [f"{name}: {MANIFEST} has another sha256" for name in sorted(roles) if artifact.get(name) != listed[name]]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from exports.provenance import PROVENANCE
 from exports.registry import connect
 from exports.registry.base import Damaged, Entry, NotFound, Registry
 from exports.registry.contents import directory_names, list_problems, pickle_problem
@@ -16,6 +17,7 @@ from quantize.artifact import MANIFEST, RELEASE
 from quantize.atomic import disk_error, files_below
 from quantize.errors import InputError
 
+_LISTS = (SUMS, MANIFEST, PROVENANCE)  # what says of other files which they are
 _ATTEMPTS = 3  # of pushing, where garbage collection takes files away meanwhile
 
 
@@ -28,6 +30,7 @@ def publish(registry: Registry, name: str, tag: str, release: Release) -> tuple[
         Conflict: somebody else moved the tag after this call began, to another release.
         Damaged: a file is not what the artifact's manifest says.
     """
+    registry.check_tag(tag)
     before = registry.tags(name).get(tag)
     sent = 0
     for attempt in range(_ATTEMPTS):
@@ -110,7 +113,7 @@ def _fetch_all(registry: Registry, reference: Reference, digest: str, release: R
         if problem := pickle_problem(target, entry.name):
             problems.append(problem)
     if not problems:
-        problems = disagreements(release, _bytes(folder / SUMS), _bytes(folder / MANIFEST))
+        problems = disagreements(release, *(_bytes(folder / name) for name in _LISTS))
     if problems:
         raise Damaged(f"{reference} is refused: {'; '.join(problems)}")
     (folder / RELEASE).write_bytes(release.manifest)
@@ -138,7 +141,7 @@ def directory_problems(directory: Path) -> list[str]:
             problems.append(f"{entry.name}: missing")
         elif problem := changed(path, entry) or pickle_problem(path, entry.name):
             problems.append(problem)
-    return problems or disagreements(release, _bytes(directory / SUMS), _bytes(directory / MANIFEST))
+    return problems or disagreements(release, *(_bytes(directory / name) for name in _LISTS))
 
 
 def reference_problems(reference: Reference, scratch: Path) -> list[str]:
@@ -161,10 +164,10 @@ def reference_problems(reference: Reference, scratch: Path) -> list[str]:
                 problems.append(problem)
         except (Damaged, NotFound) as error:
             problems.append(str(error))
-        if entry.name in (SUMS, MANIFEST):
+        if entry.name in _LISTS:
             kept[entry.name] = _bytes(target)
         target.unlink(missing_ok=True)
-    return problems or disagreements(release, kept.get(SUMS), kept.get(MANIFEST))
+    return problems or disagreements(release, *(kept.get(name) for name in _LISTS))
 
 
 def changed(path: Path, entry: Entry) -> str | None:

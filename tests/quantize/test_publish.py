@@ -131,6 +131,8 @@ def test_what_failed_its_gate_is_published_by_force_only(go: Go, tmp_path: Path,
     [
         ("publish.registry=ftp", "publish.registry=ftp is unknown; use local"),
         ("publish.location=null", "needs publish.location"),
+        ("publish.registry=oci", "HOST or HOST:PORT"),
+        ("publish.registry=mlflow", "http://HOST:PORT"),
         ("publish.name=Tiny/../x", "not allowed"),
         ("publish.tag=.x", "the tag '.x' is not allowed"),
     ],
