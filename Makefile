@@ -36,8 +36,9 @@ precisions: $(VENV)/.base  ## every precision in one table, its memory predicted
 	$(BIN)/python -m eval.memory_measure $(addprefix $(PRECISIONS)/,fp32 fp16 bf16 w8a16) artifacts/int4/variants/gptq
 	$(BIN)/python -m inference.bench $(addprefix $(PRECISIONS)/,fp32 fp16 w8a16 w8a8 w8a8-static)
 
+# Two processes of one thread each: most tests are small, and threads that wait for each other gain nothing there.
 test: $(VENV)/.dev  ## the default tests (under 10 minutes)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev  ## tests that need minutes and the demo model
 	$(BIN)/python -m pytest -m slow $(ARGS)
