@@ -222,14 +222,15 @@ def _first_lazy_block(
     grid: Grid,
     plan: gptq.ColumnPlan,
     options: SolverOptions,
-) -> tuple[Tensor, Tensor, Tensor, float]:
+    params: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """GPTQ's loop over columns up to the end of its first lazy block, and what it would give."""
     with contextlib.suppress(LazyBlockDone):
-        feed_back(weight, factor, importance, grid, plan, options)
+        feed_back(weight, factor, importance, grid, plan, options, params)
     rows, columns = weight.shape
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(grid.num_groups(columns), rows, device=weight.device)
-    return codes.t(), scales.t(), torch.empty_like(scales).t(), 0.0
+    return codes.t(), scales.t(), torch.empty_like(scales).t(), torch.empty(rows, device=weight.device)
 
 
 def _first_slice(

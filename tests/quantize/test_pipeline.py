@@ -139,7 +139,8 @@ def test_the_report_has_every_field_of_every_variant(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     assert [row["name"] for row in report["variants"]] == ["fp16", "int4-gptq"]
     for row in report["variants"]:
-        assert set(row) == FIELDS | {"path", "command"}
+        assert set(row) == FIELDS | {"path", "command", "tasks", "gate"}
+        assert row["gate"] is None  # no limits were set
         assert all(row[field] is not None for field in FIELDS - COMPARED)
     dense, packed = report["variants"]
     assert (dense["bits"], packed["bits"]) == (16, 4)
