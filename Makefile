@@ -14,7 +14,7 @@ TEXT ?=
 
 PRECISIONS := artifacts/precisions/variants
 
-.PHONY: demo precisions test test-slow test-reference test-registries docker-registry minisign lint format bench bench-gptq bench-awq bench-gguf bench-inference profile-gptq peers vllm llamacpp clean
+.PHONY: demo ci-demo precisions test test-slow test-reference test-registries docker-registry minisign lint format bench bench-gptq bench-awq bench-gguf bench-inference profile-gptq peers vllm llamacpp clean
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,11 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base  ## make, prove, report and publish four variants of the demo model
 	$(BIN)/python -m quantize.demo_model
 	$(BIN)/python -m quantize recipe=demo publish=local publish.name=demo $(ARGS)
+
+ci-demo: $(VENV)/.base  ## the steps of docs/ci's workflow on this machine, in order, as after a merge
+	$(BIN)/python -m quantize.demo_model
+	RECIPES=docs/ci/recipes RECIPE=gated OUTPUT_DIR=artifacts/ci REGISTRY=artifacts/ci-registry TAG=ci-demo \
+		$(BIN)/python -m eval.ci_local docs/ci/github-actions.yml --without install $(ARGS)
 
 precisions: $(VENV)/.base  ## every precision in one table, its memory predicted and measured, its decode speed
 	$(BIN)/python -m quantize.demo_model
