@@ -49,9 +49,13 @@ def warnings() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    level = logger.level  # other tests' commands quieten it
+    logger.setLevel(logging.WARNING)
     transformers_logging.add_handler(handler)
     yield messages
     transformers_logging.remove_handler(handler)
+    logger.setLevel(level)
 
 
 def test_stream_is_the_text_without_special_tokens(tokenizer: PreTrainedTokenizerFast, warnings: list[str]) -> None:

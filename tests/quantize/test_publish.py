@@ -81,7 +81,7 @@ def test_a_run_ends_in_the_registry_and_what_is_pulled_is_its_artifact(go: Go, t
         for path in artifact.rglob("*"):
             assert (tmp_path / variant / path.relative_to(artifact)).read_bytes() == path.read_bytes()
         assert {entry.role for entry in release.entries} == {
-            *("artifact", "manifest", "evaluation", "recipe", "report", "card", "sums")
+            *("artifact", "manifest", "evaluation", "recipe", "report", "card", "sums", "provenance")
         }
         assert release.facts["name"] == f"tiny-{variant.lower()}" and release.facts["gate"] is None
     assert "publish" not in json.loads((tmp_path / "run" / "manifest.json").read_text())["recipe"]
