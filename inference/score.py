@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from inference.context import Cache
@@ -18,14 +19,17 @@ from quantize.errors import InputError
 
 
 @torch.inference_mode()
-def perplexity(model: Model, tokens: Sequence[int], cache: Cache, chunk: int = 256) -> float:
-    """``exp`` of the mean negative log-likelihood of every token but the first, given all before it that ``cache`` keeps.
+def losses(model: Model, tokens: Sequence[int], cache: Cache, chunk: int = 256) -> Tensor:
+    """Negative log-likelihood of every token but the first, given all before it that ``cache`` keeps.
 
     Args:
         model: the weights.
         tokens: at least two.
         cache: replaced by this text; with room for it.
-        chunk: tokens of a forward; the figure depends on it only where a cache's contents do (dynamic scaling).
+        chunk: tokens of a forward; the figures depend on it only where a cache's contents do (dynamic scaling).
+
+    Returns:
+        float32 ``[len(tokens) - 1]``, in nats.
 
     Raises:
         InputError: fewer than two tokens, or no room.
@@ -36,9 +40,14 @@ def perplexity(model: Model, tokens: Sequence[int], cache: Cache, chunk: int = 2
         )
     cache.reset()
     ids = torch.tensor(tokens, device=model.device)
-    total = 0.0
+    found = []
     for start in range(0, len(tokens) - 1, chunk):
         part = ids[start : min(start + chunk, len(tokens) - 1)]
         logits = model.forward(part, cache.context([len(part)])).float()
-        total += float(functional.cross_entropy(logits, ids[start + 1 : start + 1 + len(part)], reduction="sum"))
-    return math.exp(total / (len(tokens) - 1))
+        found.append(functional.cross_entropy(logits, ids[start + 1 : start + 1 + len(part)], reduction="none"))
+    return torch.cat(found)
+
+
+def perplexity(model: Model, tokens: Sequence[int], cache: Cache, chunk: int = 256) -> float:
+    """``exp`` of the mean of :func:`losses`, whose arguments and errors it has."""
+    return math.exp(float(losses(model, tokens, cache, chunk).double().mean()))
