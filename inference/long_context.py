@@ -2,9 +2,9 @@
 
 python -m inference.long_context MODEL --text FILE --lengths 4096 8192 12288 --scaling none yarn window+sinks --png FILE
 
-A model reads the text once for each scaling. Every token is scored given all tokens before it that the cache keeps, and the figure
-for a length is the perplexity of the tokens between the length before it and this one. All scalings are scored on the same tokens, so
-differences along a row are the scalings' own; differences down a column are the text's too.
+A model reads the text once for each scaling. Every token is scored given all tokens before it that the cache keeps, and the
+figure for a length is the perplexity of the tokens between the length before it and this one. All scalings are scored on the
+same tokens, so differences along a row are the scalings' own; differences down a column are the text's too.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def checked(options: argparse.Namespace) -> tuple[Protocol, list[int]]:
     if options.chunk < 1:
         raise InputError(f"--chunk {options.chunk} makes no progress; use 1 or more, such as 256")
     if not 0 <= options.sinks < options.window:
-        raise InputError(f"--sinks {options.sinks} leaves no window of --window {options.window}; use 0 to {options.window - 1}")
+        room = options.window - 1
+        raise InputError(f"--sinks {options.sinks} leaves no window of --window {options.window}; use 0 to {room}")
     trained = read_config(options.model).max_tokens
     factor = max(1.0, lengths[-1] / trained) if options.factor is None else options.factor
     if factor < 1:
