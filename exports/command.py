@@ -25,7 +25,7 @@ from exports.registry.transfer import read_release
 from quantize.artifact import RELEASE
 from quantize.errors import InputError
 
-REFERENCE = "a release: local:DIR//NAME[:TAG][@sha256:HEX], oci:HOST/NAME..., mlflow:URI//NAME..."
+REFERENCE = "a release: local:DIR//NAME[:TAG][@sha256:HEX], hub:OWNER/NAME..., oci:HOST/NAME..., mlflow:URI//NAME..."
 EXIT_CODES = "Exit codes: 0 done; 3 damaged, refused or different; 2 bad input; 1 a defect of this program."
 
 

@@ -179,9 +179,9 @@ class EvalConfig:
 class PublishConfig:
     """``publish``: where the run's artifacts go when they are finished (docs/publish.md)."""
 
-    registry: str | None = None  # local | oci | mlflow; null: nowhere
-    location: str | None = None  # local: a directory; oci: HOST[:PORT]; mlflow: URI
-    name: str | None = None  # a variant is published as NAME-VARIANT; null: the model's name
+    registry: str | None = None  # local | hub | oci | mlflow; null: nowhere
+    location: str | None = None  # local: a directory; oci: HOST[:PORT]; mlflow: URI; hub: none
+    name: str | None = None  # a variant is published as NAME-VARIANT; null: the model's name; hub: OWNER/NAME
     tag: str = "latest"
     force: bool = False  # publish what failed its gate, and say so in the release
 

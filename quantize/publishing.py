@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exports.registry import REGISTRIES, connect
-from exports.registry.names import as_name, check_name, check_tag
+from exports.registry import REGISTRIES, Registry, connect
+from exports.registry.names import as_name, check_tag
 from exports.registry.secrets import redact
 from exports.registry.transfer import publish
 from exports.releasing import build_release
@@ -31,15 +31,18 @@ def check_publish(config: RunConfig) -> None:
         return
     if chosen.registry not in REGISTRIES:
         raise InputError(f"publish.registry={chosen.registry} is unknown; use {' or '.join(REGISTRIES)}, or null for none")
-    if not chosen.location:
+    if not chosen.location and chosen.registry != "hub":
         raise InputError(
             f"publish.registry={chosen.registry} needs publish.location; use a directory for local, HOST[:PORT] for oci, "
             "http://HOST:PORT for mlflow"
         )
     check_tag(chosen.tag)
-    connect(chosen.registry, chosen.location).check_tag(chosen.tag)
+    registry = _registry(chosen)
+    registry.check_tag(chosen.tag)
     if chosen.name is not None:
-        check_name(chosen.name, chosen.registry)
+        registry.check_name(chosen.name)
+    elif chosen.registry == "hub":
+        raise InputError("publish.registry=hub needs publish.name; use OWNER/NAME, such as publish.name=me/my-model")
     names: dict[str, str] = {}
     for variant in config.variants:
         other = names.setdefault(as_name(variant), variant)
@@ -96,5 +99,5 @@ def publish_variant(run: Run, variant: str, gate: Mapping[str, Any] | None) -> d
     return {"reference": redact(str(reference)), "digest": release.digest, "bytes": sent, "forced": release.facts["forced"]}
 
 
-def _registry(config: PublishConfig) -> Any:
-    return connect(str(config.registry), str(config.location))
+def _registry(config: PublishConfig) -> Registry:
+    return connect(str(config.registry), config.location or "")

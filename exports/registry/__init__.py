@@ -16,6 +16,7 @@ from quantize.errors import InputError
 REGISTRIES: dict[str, str] = {
     "local": "exports.registry.local",
     "oci": "exports.registry.oci",
+    "hub": "exports.registry.hub",
     "mlflow": "exports.registry.mlflow",
 }
 

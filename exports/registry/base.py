@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from exports.registry.names import Reference, check_digest
+from exports.registry.names import Reference, check_digest, check_name
 from quantize.errors import InputError
 
 CHUNK: Final = 2**20
@@ -119,6 +119,14 @@ class Registry(ABC):
             there = f"its tags: {', '.join(sorted(tags)[:10])}" if tags else "it has no tags"
             raise NotFound(f"{reference} does not exist; {there}")
         return tags[reference.tag]
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name that this registry cannot have, before anything is sent.
+
+        Raises:
+            InputError: it cannot.
+        """
+        check_name(name, self.scheme)
 
     def check_tag(self, tag: str) -> None:
         """Refuse a tag that this registry cannot have, before anything is sent; the general grammar has been checked.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.exports.registry.serving import Connection, running
 
 
 class Server(ThreadingHTTPServer):
@@ -28,14 +29,10 @@ class Server(ThreadingHTTPServer):
         self.before_put: Any = None
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Connection):
     """One connection."""
 
-    protocol_version = "HTTP/1.1"
     server: Server
-
-    def log_message(self, *arguments: Any) -> None:
-        """Nothing on standard error."""
 
     def handle_all(self) -> None:
         """Answer one request."""
@@ -65,8 +62,6 @@ class Handler(BaseHTTPRequestHandler):
         if start := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             return self.answer(206, blob[int(start[1]) :])
         return self.answer(200, blob)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_all  # noqa: N815
 
     def manifest(self, name: str, tag: str) -> None:
         """GET or PUT a manifest."""
@@ -116,41 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         headers["Range"] = f"0-{max(len(held) - 1, 0)}"
         return self.answer(204 if self.command == "GET" else 202, headers=headers)
 
-    def body(self, into: bytearray | None = None) -> bytes:
-        """Read the request's body, as far as it comes; ``into`` gets it while it comes."""
-        data, left = bytearray() if into is None else into, int(self.headers.get("Content-Length", 0))
-        while left and (piece := self.rfile.read1(min(left, 4096))):
-            data += piece
-            left -= len(piece)
-        if left:
-            raise ConnectionResetError
-        return bytes(data)
-
-    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
-        """Send the answer."""
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def handle(self) -> None:
-        """All requests of a connection; one that breaks is no error."""
-        try:
-            super().handle()
-        except OSError:
-            self.close_connection = True
-
 
 @contextmanager
 def oci_server(token: str | None = None) -> Iterator[Server]:
     """A server that runs until the block ends."""
-    server = Server(token)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with running(Server(token)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
