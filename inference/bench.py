@@ -24,6 +24,7 @@ from rich.table import Table
 from inference.config import gguf_file
 from inference.engine import Engine
 from inference.load import LoadOptions, load
+from inference.native.step import NativeEngine
 from quantize.devices import resolve_device
 from quantize.errors import InputError
 
@@ -61,16 +62,19 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def parse_artifact(text: str, dtype: torch.dtype, device: torch.device) -> tuple[Path, LoadOptions]:
-    """``DIR[,dense=..][,weights=..][,head=..]``.
+    """``DIR[,dense=..][,weights=..][,head=..][,native=..]``.
 
     Raises:
         InputError: no such directory, or an option that is none.
     """
     directory, *settings = text.split(",")
     options: dict[str, Any] = dict(setting.partition("=")[::2] for setting in settings)
-    unknown = sorted(options.keys() - {"dense", "weights", "head"})
+    unknown = sorted(options.keys() - {"dense", "weights", "head", "native"})
     if unknown:
-        raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=, weights= or head=")
+        raise InputError(f"{text}: {unknown[0]!r} is no option; use dense=, weights=, head= or native=")
+    if options.setdefault("native", "false") not in ("true", "false"):
+        raise InputError(f"{text}: native={options['native']!r} is not an option; use true or false")
+    options["native"] = options["native"] == "true"
     if not Path(directory).is_dir() and gguf_file(Path(directory)) is None:
         raise InputError(f"{directory} is no directory; name an artifact's, such as artifacts/gptq/w4")
     return Path(directory), LoadOptions(dtype=dtype, device=device, **options)
@@ -159,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "artifacts",
         nargs="+",
-        help="DIR[,dense=auto|packed|plain|stored][,weights=artifact|int4|int8][,head=artifact|int8]; ratios are to the first",
+        help="DIR[,dense=auto|packed|plain|stored][,weights=artifact|int4|int8][,head=artifact|int8][,native=true]; "
+        "ratios are to the first",
     )
     parser.add_argument("--prompt", type=int, default=128, help="tokens to prefill")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode in each round")
@@ -179,7 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise InputError(f"--{key}={getattr(options, key)} measures nothing; use 1 or more")
         device = resolve_device(options.device)
         artifacts = [parse_artifact(text, DTYPES[options.dtype], device) for text in options.artifacts]
-        engines = [Engine(load(path, loading), options.prompt + options.tokens) for path, loading in artifacts]
+        engines = [
+            (NativeEngine if loading.native else Engine)(load(path, loading), options.prompt + options.tokens)
+            for path, loading in artifacts
+        ]
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

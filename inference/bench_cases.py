@@ -18,6 +18,10 @@ from exports.gguf_quantize import Options, quantize_file
 from inference.engine import Engine
 from inference.load import LoadOptions, load
 from inference.model import Model
+from inference.native.build import library
+from inference.native.linear import NativeLinear
+from inference.native.step import NativeEngine
+from quantize.errors import InputError
 
 
 class LeftOut(Exception):
@@ -109,6 +113,30 @@ class Bench:
         """That file, four bits wide, output embedding in int8."""
         return load(self.q4_file, LoadOptions(weights="int4", head="int8"))
 
+    @cached_property
+    def has_compiler(self) -> bool:
+        """Whether the native step can be built here."""
+        try:
+            library()
+        except InputError:
+            return False
+        return True
+
+    @cached_property
+    def fp32_step(self) -> Model:
+        """Float32 for decode: native where that can be built."""
+        return load(self.model, LoadOptions(native=True)) if self.has_compiler else self.fp32
+
+    @cached_property
+    def int8_step(self) -> Model:
+        """:attr:`int8` for decode."""
+        return load(self.model, LoadOptions(weights="int8", head="int8", native=True)) if self.has_compiler else self.int8
+
+    @cached_property
+    def int4_step(self) -> Model:
+        """:attr:`int4` for decode."""
+        return load(self.q4_file, LoadOptions(weights="int4", head="int8", native=True)) if self.has_compiler else self.int4
+
     def _made(self, name: str, make: Callable[[Path], object]) -> Path:
         path = self.work / name
         if not path.exists():
@@ -138,7 +166,7 @@ def ratios(above: list[float], below: list[float]) -> tuple[float, ...]:
 
 def decode_seconds(model: Model, prompt: list[int], tokens: int) -> float:
     """Seconds a token of greedy decode after ``prompt``, the mean of ``tokens``."""
-    engine = Engine(model, len(prompt) + tokens)
+    engine = (NativeEngine if isinstance(model.head, NativeLinear) else Engine)(model, len(prompt) + tokens)
     token = int(engine.prefill(prompt).argmax())
     started = time.perf_counter()
     for _ in range(tokens):

@@ -37,6 +37,24 @@ def cache_against_none(bench: Bench) -> Row:
     return Row("KV cache against none, decode", 10, ratios(none, cached), detail)
 
 
+def native_against_torch(bench: Bench) -> list[Row]:
+    """The step as one C++ function against the same as torch operations."""
+    if not bench.has_compiler:
+        raise LeftOut("the native step: there is no C++ compiler here")
+    ids, rows = bench.ids(bench.prompt), []
+    for name, native, torch_model in (
+        ("fp32", bench.fp32_step, bench.fp32),
+        ("int8", bench.int8_step, bench.int8),
+        ("int4", bench.int4_step, bench.int4),
+    ):
+        fast, slow = bench.turns(
+            *(lambda model=model: decode_seconds(model, ids, bench.tokens) for model in (native, torch_model))
+        )
+        detail = f"{_rate(fast)} tokens/s against {_rate(slow)}"
+        rows.append(Row(f"decode step in C++ against torch operations, {name}", None, ratios(slow, fast), detail))
+    return rows
+
+
 def against_transformers(bench: Bench) -> Row:
     """Greedy decode here and in ``transformers.generate``, both float32."""
     from transformers import AutoModelForCausalLM
@@ -51,7 +69,7 @@ def against_transformers(bench: Bench) -> Row:
     def theirs() -> float:
         return (generate(bench.tokens + 1) - generate(1)) / bench.tokens
 
-    ours, other = bench.turns(lambda: decode_seconds(bench.fp32, ids, bench.tokens), theirs)
+    ours, other = bench.turns(lambda: decode_seconds(bench.fp32_step, ids, bench.tokens), theirs)
     detail = f"{_rate(ours)} tokens/s here, {_rate(other)} there; prefill taken off both"
     return Row("our fp32 decode against `transformers.generate` fp32", 2, ratios(other, ours), detail)
 
@@ -60,7 +78,7 @@ def int8_against_fp32(bench: Bench) -> Row:
     """INT8 weights and activations against float32."""
     ids = bench.ids(bench.prompt)
     fast, slow = bench.turns(
-        *(lambda model=model: decode_seconds(model, ids, bench.tokens) for model in (bench.int8, bench.fp32))
+        *(lambda model=model: decode_seconds(model, ids, bench.tokens) for model in (bench.int8_step, bench.fp32_step))
     )
     detail = f"{_rate(fast)} tokens/s (weights=int8, head=int8) against {_rate(slow)}"
     return Row("INT8 decode against our fp32 decode", 3, ratios(slow, fast), detail)
@@ -78,7 +96,7 @@ def against_llamacpp(bench: Bench) -> list[Row]:
         theirs(bench.f16_file)
     except InputError as error:
         raise LeftOut(f"against llama.cpp: {error}") from error
-    models: dict[str, Model] = {"int8": bench.int8, "int4 of the same Q4_0 file": bench.int4}
+    models: dict[str, Model] = {"int8": bench.int8_step, "int4 of the same Q4_0 file": bench.int4_step}
     measures = [lambda model=model: decode_seconds(model, ids, bench.tokens) for model in models.values()]
     found = bench.turns(*measures, lambda: theirs(bench.q4_file), lambda: theirs(bench.f16_file))
     best = min(range(len(models)), key=lambda index: statistics.median(found[index]))
@@ -93,8 +111,8 @@ def against_llamacpp(bench: Bench) -> list[Row]:
 def roofline(bench: Bench) -> Row:
     """Weights' bytes read in decode against what a probe reads from memory in the same time."""
     ids = bench.ids(bench.prompt)
-    seconds, rate = bench.turns(lambda: decode_seconds(bench.fp32, ids, bench.tokens), read_bandwidth)
-    size = weight_bytes(bench.fp32)
+    seconds, rate = bench.turns(lambda: decode_seconds(bench.fp32_step, ids, bench.tokens), read_bandwidth)
+    size = weight_bytes(bench.fp32_step)
     shares = tuple(100 * size / second / bandwidth for second, bandwidth in zip(seconds, rate, strict=True))
     gigabytes = size / 1e9
     detail = (

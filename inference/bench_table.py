@@ -30,6 +30,7 @@ from quantize.files import atomic_path, write_json, write_text
 
 CASES: dict[str, Callable[[Bench], Row | list[Row]]] = {
     "cache": bench_decode.cache_against_none,
+    "native": bench_decode.native_against_torch,
     "transformers": bench_decode.against_transformers,
     "int8": bench_decode.int8_against_fp32,
     "llamacpp": bench_decode.against_llamacpp,

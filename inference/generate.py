@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from inference.engine import Engine
 from inference.load import WEIGHTS, LoadOptions, load
+from inference.native.step import NativeEngine
 from inference.sampling import Sampler, Sampling
 from inference.text import TextStream
 from quantize.errors import InputError
@@ -65,13 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
         sampling = Sampling(
             options.temperature, options.top_k, options.seed, options.top_p, options.min_p, options.repetition_penalty
         )
-        model = load(options.artifact, LoadOptions(weights=options.weights))
+        model = load(options.artifact, LoadOptions(weights=options.weights, native=options.native))
         file = options.artifact / "tokenizer.json"
         if not file.exists():
             raise InputError(f"{options.artifact} has no tokenizer.json; the engine needs one to read a prompt")
         tokenizer = Tokenizer.from_file(str(file))
         prompt = tokenizer.encode(options.prompt).ids
-        engine = Engine(model, min(model.config.max_tokens, max(1, len(prompt) + options.tokens)))
+        engine = (NativeEngine if options.native else Engine)(
+            model, min(model.config.max_tokens, max(1, len(prompt) + options.tokens))
+        )
         stream = TextStream(tokenizer, options.stop)
         for token in generate(engine, prompt, options.tokens, sampling):
             print(stream.add(token), end="", flush=True)
@@ -97,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--weights", choices=WEIGHTS, default="artifact", help="see inference.load.LoadOptions")
+    parser.add_argument("--native", action="store_true", help="decode by one C++ function, compiled on first use")
     return parser
 
 

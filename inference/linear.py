@@ -241,15 +241,19 @@ class Int8Linear:
 
 
 class SideBySide:
-    """Layers that share an input but not a kind, run one after the other; their outputs are put side by side."""
+    """Layers that share an input but not a kind, run one after the other; their outputs are put side by side.
+
+    Attributes:
+        layers: in their outputs' order.
+    """
 
     def __init__(self, layers: list[Linear]) -> None:
         """``layers`` of equal ``in_features``; the output is theirs in order."""
         self.out_features = sum(layer.out_features for layer in layers)
-        self._layers = layers
+        self.layers = layers
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([layer(x) for layer in self._layers], -1)
+        return torch.cat([layer(x) for layer in self.layers], -1)
 
     def nbytes(self) -> int:
-        return sum(layer.nbytes() for layer in self._layers)
+        return sum(layer.nbytes() for layer in self.layers)

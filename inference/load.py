@@ -28,6 +28,7 @@ from inference.linear import (
     quantize_rows,
 )
 from inference.model import Block, Model
+from inference.native import linear as native
 from inference.norm import RMSNorm
 from inference.read import StoredModel, read_model
 from quantize.errors import InputError
@@ -56,6 +57,7 @@ class LoadOptions:
             changes the model: nothing on disk says so.
         rope: replaces entries of the config's ``rope_parameters``, such as ``{"rope_type": "yarn", "factor": 4.0}``.
         max_tokens: the longest context, which may be beyond what the model was trained on; the config's by default.
+        native: hold layers for :class:`inference.native.step.NativeEngine` (float32 on the CPU only).
     """
 
     dtype: torch.dtype = torch.float32
@@ -65,12 +67,17 @@ class LoadOptions:
     head: str = "artifact"
     rope: Mapping[str, Any] | None = None
     max_tokens: int | None = None
+    native: bool = False
 
     def __post_init__(self) -> None:
         for key, allowed in (("dense", DENSE), ("weights", WEIGHTS), ("head", HEAD)):
             value = getattr(self, key)
             if value not in allowed:
                 raise InputError(f"{key}={value!r} is not an option; use {', '.join(allowed)}")
+        if self.native and (self.dtype != torch.float32 or self.device.type != "cpu"):
+            raise InputError(
+                f"native=true computes in float32 on the CPU, not in {self.dtype} on {self.device}; use native=false"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,9 +183,10 @@ class _Assembly:
         """One layer of all ``names``, which share their input: one matrix where they are of one kind."""
         if all(name in self.int4 for name in names):
             codes = join_codes([self.int4[name] for name in names])
+            make = native.int4 if self.options.native else Int4Linear
             if codes is not None:
-                return Int4Linear(codes, self._biases(names))
-            return SideBySide([Int4Linear(self.int4[name], self._biases([name])) for name in names])
+                return make(codes, self._biases(names))
+            return SideBySide([make(self.int4[name], self._biases([name])) for name in names])
         return join([self._stored(name) for name in names], self._layer)
 
     def _biases(self, names: Sequence[str]) -> Tensor | None:
@@ -189,26 +197,30 @@ class _Assembly:
         options = self.options
         weight = stored.weight.to(options.device)
         bias = None if stored.bias is None else stored.bias.to(options.device, options.dtype)
+        dynamic, weight_only = (native.int8, native.int8_weight_only) if options.native else (Int8Linear, Int8WeightOnlyLinear)
         if stored.scales is None and options.weights == "int8" and not head:
-            return Int8Linear(*quantize_rows(weight), bias)
+            return dynamic(*quantize_rows(weight), bias)
         if stored.scales is None:
-            if self.dense == "stored" and half_stored_fits(weight, options.dtype):
+            half = self.dense == "stored" and half_stored_fits(weight, options.dtype)
+            if options.native:
+                return native.dense(weight, bias, half)
+            if half:
                 return HalfStoredLinear(weight, bias)
             if self.dense != "plain" and packed_fits(weight, options.dtype):
                 return PackedLinear(weight, bias)
             return DenseLinear(weight.to(options.dtype), bias)
         scales = stored.scales.to(options.device)
         if self.scheme is not None and self.scheme.activations == "none":
-            return Int8WeightOnlyLinear(weight, scales, bias)
+            return weight_only(weight, scales, bias)
         input_scale = None if stored.input_scale is None else stored.input_scale.to(options.device)
-        return Int8Linear(weight, scales, bias, input_scale)
+        return dynamic(weight, scales, bias, input_scale)
 
     def _head(self) -> Linear:
         tied = self.config.tied_head and "lm_head.weight" not in self.tensors
         stored = StoredLinear(self._tensor("model.embed_tokens.weight")) if tied else self._stored("lm_head")
         if self.options.head == "int8" and stored.scales is None:
             codes, scales = quantize_rows(stored.weight.to(self.options.device))
-            return Int8Linear(codes, scales)
+            return native.int8(codes, scales, None) if self.options.native else Int8Linear(codes, scales)
         return self._layer(stored, head=True)
 
 

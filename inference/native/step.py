@@ -1,0 +1,188 @@
+"""Python's side of ``step.cpp``: a model's and a cache's memory described to it, and an engine that decodes by it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference.attention import attend
+from inference.context import Cache
+from inference.engine import Engine
+from inference.kv_cache import KVCache
+from inference.linear import Linear, SideBySide
+from inference.model import Model
+from inference.native.build import library
+from inference.native.linear import NativeLinear
+from inference.norm import RMSNorm
+from quantize.errors import InputError
+
+_CACHE_DTYPES = (torch.float32, torch.float16)
+_Pointer = ctypes.c_void_p
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def _integers(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, ctypes.c_int64)
+
+
+def _pointers(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, _Pointer)
+
+
+# Field by field as in step.cpp.
+_Linear = _structure(
+    "_Linear",
+    **_integers("kind", "rows", "columns", "group"),
+    **_pointers("weight", "scales", "minima", "bias", "order"),
+    input_scale=ctypes.c_double,
+)
+_Layers = _structure("_Layers", count=ctypes.c_int64, parts=_Pointer)
+_Block = _structure(
+    "_Block",
+    **_pointers("input_norm", "head_norms", "post_norm"),
+    **dict.fromkeys(("qkv", "o", "gate_up", "down"), _Layers),
+    **_pointers("keys", "values"),
+)
+_Model = _structure(
+    "_Model",
+    **_integers("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "max_tokens", "half_cache", "threads"),
+    eps=ctypes.c_double,
+    head_eps=ctypes.c_double,
+    **_pointers("blocks", "norm"),
+    head=_Layers,
+    **_pointers("stream", "wide", "gathered"),
+)
+
+
+def describe(layer: NativeLinear, address: Callable[[Tensor], int]) -> Any:
+    """step.cpp's ``Linear``; ``address`` gives a tensor's, which must outlive it."""
+    tensors = (layer.weight, layer.scales, layer.minima, layer.bias, layer.order)
+    addresses = (None if tensor is None else address(tensor) for tensor in tensors)
+    return _Linear(layer.kind, layer.out_features, layer.in_features, layer.group, *addresses, layer.input_scale)
+
+
+def multiply(layer: NativeLinear, x: Tensor) -> Tensor:
+    """The native product alone: float32 ``[in_features]`` to ``[out_features]``."""
+    out, x = torch.empty(layer.out_features), x.float().contiguous()
+    described = describe(layer, lambda tensor: tensor.data_ptr())
+    library().multiply(ctypes.byref(described), _Pointer(x.data_ptr()), _Pointer(out.data_ptr()))
+    return out
+
+
+class NativeStep:
+    """The decode step of one model over the first slot of one cache."""
+
+    def __init__(self, model: Model, cache: Cache | None) -> None:
+        """Describe them; both are kept, nothing is copied.
+
+        Raises:
+            InputError: a model not loaded with ``native=True``, a cache or an attention the step has not, no C++ compiler.
+        """
+        if type(cache) is not KVCache or cache.keys.dtype not in _CACHE_DTYPES or cache.attention is not attend:
+            raise InputError(
+                "native=true decodes over a plain float32 or float16 cache with the default attention; use one, or native=false"
+            )
+        self._model, self._cache = model, cache
+        self._kept: list[Any] = []
+        self._step = library().decode_step
+        config = model.config
+        middle = model.blocks[0].gate_up.out_features // 2
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self._stream = torch.empty(config.hidden_size)
+        buffers = (self._stream, torch.empty(max(width, middle)), torch.empty(config.num_heads * config.head_dim))
+        blocks = (_Block * config.num_layers)(*(self._block(index) for index in range(config.num_layers)))
+        head_norms = model.blocks[0].head_norms
+        self._described = _Model(
+            config.num_layers,
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            middle,
+            cache.max_tokens,
+            cache.keys.dtype == torch.float16,
+            torch.get_num_threads(),
+            model.norm.scaled_eps,
+            head_norms.scaled_eps if head_norms else 0.0,
+            ctypes.addressof(blocks),
+            self._norm(model.norm),
+            self._layers(model.head),
+            *(self._address(buffer) for buffer in buffers),
+        )
+        self._kept.append(blocks)
+
+    @torch.inference_mode()
+    def __call__(self, token: int) -> Tensor:
+        """Add ``token`` to the sequence: its logits, float32 ``[vocab_size]``.
+
+        Raises:
+            InputError: the cache is full.
+        """
+        context = self._cache.context([1])
+        cosine, sine = (part.contiguous() for part in self._model.rope.rows(context.positions, context.counts))
+        self._stream.copy_(self._model.embedding[token])
+        logits = torch.empty(self._model.config.vocab_size)
+        position = ctypes.c_int64(self._cache.lengths[0])
+        self._described.threads = torch.get_num_threads()
+        self._step(
+            ctypes.byref(self._described),
+            _Pointer(cosine.data_ptr()),
+            _Pointer(sine.data_ptr()),
+            position,
+            _Pointer(logits.data_ptr()),
+        )
+        context.advance()
+        return logits
+
+    def _block(self, index: int) -> Any:
+        block, cache = self._model.blocks[index], self._cache
+        return _Block(
+            self._norm(block.input_norm),
+            self._norm(block.head_norms) if block.head_norms else None,
+            self._norm(block.post_norm),
+            *(self._layers(part) for part in (block.qkv, block.o, block.gate_up, block.down)),
+            cache.keys[index, 0].data_ptr(),
+            cache.values[index, 0].data_ptr(),
+        )
+
+    def _norm(self, norm: RMSNorm) -> int:
+        return self._address(norm.scaled_weight)
+
+    def _layers(self, layer: Linear) -> Any:
+        parts = layer.layers if isinstance(layer, SideBySide) else [layer]
+        described = (_Linear * len(parts))(*(self._linear(part) for part in parts))
+        self._kept.append(described)
+        return _Layers(len(parts), ctypes.addressof(described))
+
+    def _linear(self, layer: Linear) -> Any:
+        if not isinstance(layer, NativeLinear):
+            raise InputError(f"a {type(layer).__name__} has no native product; load the model with native=True")
+        return describe(layer, self._address)
+
+    def _address(self, tensor: Tensor) -> int:
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+class NativeEngine(Engine):
+    """An :class:`~inference.engine.Engine` that decodes by :class:`NativeStep`; prefill is torch's."""
+
+    def __init__(self, model: Model, max_tokens: int | None = None, cache_dtype: torch.dtype | None = None) -> None:
+        """As :class:`~inference.engine.Engine`.
+
+        Raises:
+            InputError: see :class:`NativeStep` and :class:`~inference.kv_cache.KVCache`.
+        """
+        super().__init__(model, max_tokens, cache_dtype)
+        self._step = NativeStep(model, self.cache)
+
+    def decode(self, token: int) -> Tensor:
+        return self._step(token)
