@@ -55,8 +55,12 @@ $(VENV)/.reference: $(VENV)/.dev
 test-reference: $(VENV)/.reference  ## our GPTQ and AWQ against AutoGPTQ's and AutoAWQ's own code (minutes; fetches the demo model)
 	$(BIN)/python -m pytest tests/quantize/solvers -m reference $(ARGS)
 
-test-registries: $(VENV)/.dev docker-registry minisign  ## real servers of every registry: push, pull, verify, faults
-	$(BIN)/python -m pytest -m registries tests/exports/registry $(ARGS)
+$(VENV)/.publish: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[publish]'
+	touch $@
+
+test-registries: $(VENV)/.publish docker-registry minisign  ## every registry, MLflow's and Docker's as real servers: push, pull, verify, faults, signatures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'registries or slow or not slow' tests/exports/registry tests/exports/test_signing.py $(ARGS)
 
 # Debian's packages, unpacked into the project's cache: no root is needed. Their tests say so where they cannot be had.
 CACHE := $(or $(QUANTIZE_CACHE),$(HOME)/.cache/quantize)

@@ -15,6 +15,8 @@ from exports.registry import connect
 from exports.registry.names import parse_reference
 from exports.registry.transfer import publish
 from exports.releasing import build_release
+from exports.sign import secret_key
+from exports.signing import sign_release
 from quantize.errors import InputError
 
 
@@ -27,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, help="the model it was made from, whose licence texts are published too")
     parser.add_argument("--gate", type=Path, help="the gate's result (JSON with `passed`); one that failed is not published")
     parser.add_argument("--force", action="store_true", help="publish it although its gate failed; the release says so")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="sign with this minisign secret key (MINISIGN_PASSWORD)")
     options = parser.parse_args(arguments)
 
     def action() -> int:
@@ -37,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             folder = getattr(options, name)
             if folder is not None and not folder.is_dir():
                 raise InputError(f"--{name} {folder} is not a directory")
+        key = secret_key(options.key) if options.key else None
         release = build_release(
             options.artifact,
             reference.name.rpartition("/")[2],
@@ -45,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
             gate=_gate(options.gate),
             force=options.force,
         )
+        if key is not None:
+            release = sign_release(release, key)
         registry = connect(reference.scheme, reference.location)
         published, sent = publish(registry, reference.name, reference.tag, release)
         print(f"{published}\n{len(release.entries) + 1} files, {release.size:,} bytes, of which {sent:,} were new")

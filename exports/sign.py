@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.what is None:
             raise InputError("nothing to sign; name a pulled release's directory, or its reference")
-        key = _key(options.key) if options.key else None
+        key = secret_key(options.key) if options.key else None
         signature = _read(options.signature) if options.signature else None
         if is_reference(options.what):
             reference, _ = sign_published(parse_reference(options.what), key=key, signature=signature)
@@ -51,7 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     return carry_out(action)
 
 
-def _key(path: Path) -> minisign.SecretKey:
+def secret_key(path: Path) -> minisign.SecretKey:
+    """A secret key; its password is that of ``MINISIGN_PASSWORD``, or asked for in a terminal.
+
+    Raises:
+        InputError: no secret key's file, or the wrong password.
+    """
     try:
         return minisign.read_secret_key(path, os.environ.get("MINISIGN_PASSWORD") or None)
     except InputError as error:

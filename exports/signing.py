@@ -36,6 +36,13 @@ def comment_of(release: Release) -> str:
     return f"quantize release {unsigned(release).digest}"
 
 
+def sign_release(release: Release, key: minisign.SecretKey) -> Release:
+    """The same release with a signature, before it is published; its entries keep their bytes."""
+    sums = next(entry for entry in release.entries if entry.name == SUMS)
+    signature = minisign.sign(key, b"".join(sums.chunks()), comment_of(release))
+    return _with(release, (Entry.of_data(SIGNATURE, signature, "signature"),))
+
+
 def sign_directory(directory: Path, *, key: minisign.SecretKey | None = None, signature: bytes | None = None) -> Release:
     """Put a signature into the directory of a pulled release, in place of an earlier one; the release as it is now.
 

@@ -184,6 +184,7 @@ class PublishConfig:
     name: str | None = None  # a variant is published as NAME-VARIANT; null: the model's name; hub: OWNER/NAME
     tag: str = "latest"
     force: bool = False  # publish what failed its gate, and say so in the release
+    sign_key: str | None = None  # file of a minisign secret key (its password: MINISIGN_PASSWORD); null: not signed
 
 
 @dataclass

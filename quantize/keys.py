@@ -194,6 +194,8 @@ class StepKeys:
         """The artifact, its figures and its gate, and where it goes. The report is published with it, as it is by then."""
         self.need("report", self.report())
         files = [sha256_file(self.run.artifact(name) / file) for file in (MANIFEST, EVALUATION)]
+        if (key := self.config.publish.sign_key) is not None:
+            files.append(sha256_file(Path(key)))
         return step_key("publish", files, self.gate_result(name), asdict(self.config.publish))
 
     def _text_stamp(self) -> list[Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exports import minisign
 from exports.registry import REGISTRIES, Registry, connect
 from exports.registry.names import as_name, check_tag
 from exports.registry.secrets import redact
 from exports.registry.transfer import publish
 from exports.releasing import build_release
+from exports.signing import sign_release
 from quantize.config import PublishConfig, RunConfig
 from quantize.errors import InputError
 from quantize.lineage import portable
@@ -43,6 +46,8 @@ def check_publish(config: RunConfig) -> None:
         registry.check_name(chosen.name)
     elif chosen.registry == "hub":
         raise InputError("publish.registry=hub needs publish.name; use OWNER/NAME, such as publish.name=me/my-model")
+    if "publish" in config.stages:
+        signing_key(chosen)
     names: dict[str, str] = {}
     for variant in config.variants:
         other = names.setdefault(as_name(variant), variant)
@@ -50,6 +55,20 @@ def check_publish(config: RunConfig) -> None:
             raise InputError(
                 f"variants.{variant} and variants.{other} would be published under one name, {as_name(variant)}; rename one"
             )
+
+
+def signing_key(config: PublishConfig) -> minisign.SecretKey | None:
+    """The key that releases are signed with; None where they are not.
+
+    Raises:
+        InputError: ``publish.sign_key`` is no key's file, or its password is missing or wrong.
+    """
+    if config.sign_key is None:
+        return None
+    try:
+        return minisign.read_secret_key(Path(config.sign_key), os.environ.get("MINISIGN_PASSWORD") or None)
+    except InputError as error:
+        raise InputError(f"publish.sign_key: {error}") from error
 
 
 def release_name(run: Run, variant: str) -> str:
@@ -73,7 +92,7 @@ def is_published(run: Run, variant: str, result: Mapping[str, Any]) -> bool:
 
 
 def publish_variant(run: Run, variant: str, gate: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Publish one variant; what the step reports: ``reference``, ``digest``, ``bytes`` sent, ``forced``.
+    """Publish one variant; what the step reports: ``reference``, ``digest``, ``bytes`` sent, ``forced``, ``signed`` (by whom).
 
     Args:
         run: the run, which has been reported.
@@ -95,8 +114,12 @@ def publish_variant(run: Run, variant: str, gate: Mapping[str, Any] | None) -> d
     )
     if release.facts["forced"]:
         log.warning("%s failed its gate and is published all the same, as publish.force=true says", variant)
+    key = signing_key(config)
+    if key is not None:
+        release = sign_release(release, key)
     reference, sent = publish(_registry(config), name, config.tag, release)
-    return {"reference": redact(str(reference)), "digest": release.digest, "bytes": sent, "forced": release.facts["forced"]}
+    said = {"digest": release.digest, "bytes": sent, "forced": release.facts["forced"], "signed": key and key.public.name}
+    return {"reference": redact(str(reference)), **said}
 
 
 def _registry(config: PublishConfig) -> Registry:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from exports import minisign, sign, verify
+from exports import publish as publish_command
 from exports.registry.base import Conflict, Damaged
 from exports.registry.local import connect
 from exports.registry.release import assemble, manifest_bytes, parse_release
@@ -30,7 +31,14 @@ def artifact(tmp_path: Path) -> Path:
     folder = tmp_path / "artifact"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4)
-    about = {"container": "gptq", "bits": 4, "bits_per_weight": 4.5, "base": {}, "recipe": {}, "versions": {}}
+    about = {
+        "container": "gptq",
+        "bits": 4,
+        "bits_per_weight": 4.5,
+        "base": {"name": "tiny", "license": None, "sha256": "0" * 64},
+        "recipe": {},
+        "versions": {},
+    }
     write_manifest(folder, {**about, "name": "tiny", "solver": {"name": "gptq"}, "size_bytes": 1024})
     return folder
 
@@ -194,3 +202,13 @@ def test_the_signature_of_the_format_without_hashing(key: minisign.SecretKey) ->
     lines = ["untrusted comment: x", base64.b64encode(b"Ed" + key.key_id + first).decode()]
     text = "\n".join([*lines, "trusted comment: old", base64.b64encode(both).decode(), ""])
     assert minisign.check(key.public, b"data", text.encode(), "x") == "old"
+
+
+def test_an_artifact_is_published_with_its_signature(
+    artifact: Path, tmp_path: Path, key: minisign.SecretKey, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = f"local:{tmp_path / 'signed'}//tiny"
+    assert publish_command.main([str(artifact), reference, "--key", str(tmp_path / "none")]) == 2
+    assert "is no minisign secret key" in capsys.readouterr().err and not (tmp_path / "signed").exists()
+    assert publish_command.main([str(artifact), reference, "--key", str(tmp_path / "key")]) == 0
+    assert verify.main([reference, "--public-key", str(tmp_path / "key.pub")]) == 0

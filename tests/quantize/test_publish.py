@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from exports import minisign, verify
 from exports.registry.local import connect
 from exports.registry.names import parse_reference
 from exports.registry.transfer import directory_problems, publish, pull, read_release
@@ -136,12 +137,34 @@ def test_what_failed_its_gate_is_published_by_force_only(go: Go, tmp_path: Path,
         ("publish.registry=hub", "hub has no location"),
         ("publish.name=Tiny/../x", "not allowed"),
         ("publish.tag=.x", "the tag '.x' is not allowed"),
+        ("publish.sign_key=/nowhere/key", "publish.sign_key: /nowhere/key is no minisign secret key"),
     ],
 )
 def test_a_publish_that_cannot_be_is_refused_before_anything_runs(go: Go, tmp_path: Path, argument: str, said: str) -> None:
     (error,) = go(argument, code=2)
     assert said in error
     assert not (tmp_path / "run" / "manifest.json").exists() and not (tmp_path / "registry").exists()
+
+
+def test_what_the_stage_signs_is_verified_and_a_new_key_signs_again(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINISIGN_PASSWORD", raising=False)
+    for name, password in (("first", None), ("second", "planted-pass-word")):
+        minisign.generate(tmp_path / name, password)
+    (tmp_path / "key").write_bytes((tmp_path / "first").read_bytes())
+    first = go(f"publish.sign_key={tmp_path / 'key'}")
+    assert [verify.main([each, "--public-key", str(tmp_path / "first.pub")]) for each in first] == [0, 0]
+    assert verify.main([first[0], "--public-key", str(tmp_path / "second.pub")]) == 3
+    assert go(f"publish.sign_key={tmp_path / 'key'}") == first
+    (tmp_path / "key").write_bytes((tmp_path / "second").read_bytes())
+    (error,) = go(f"publish.sign_key={tmp_path / 'key'}", code=2)
+    assert "publish.sign_key: " in error and "set MINISIGN_PASSWORD" in error
+    monkeypatch.setenv("MINISIGN_PASSWORD", "planted-pass-word")
+    second = go(f"publish.sign_key={tmp_path / 'key'}")
+    assert [verify.main([each, "--public-key", str(tmp_path / "second.pub")]) for each in second] == [0, 0]
+    for file in (tmp_path / "registry").rglob("*"):
+        assert file.is_dir() or b"planted-pass-word" not in file.read_bytes()
 
 
 def test_two_variants_of_one_name_are_refused(go: Go) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
                 time.sleep(0.25)
         yield free
     finally:
-        os.killpg(process.pid, 15)
+        os.killpg(process.pid, signal.SIGKILL)  # it would wait for idle connections
         process.wait(60)
 
 
@@ -131,7 +132,7 @@ def test_a_flipped_bit_on_the_server(
     reference, _ = publish(_registry(port), "flipped", "candidate", make_release("flipped", seed=9))
     found = [
         path
-        for path in tmp_path_factory.getbasetemp().glob("mlflow*/artifacts/**/model-0.safetensors")
+        for path in tmp_path_factory.getbasetemp().glob("mlflow[0-9]*/artifacts/**/model-0.safetensors")
         if path.read_bytes() == (tmp_path / "flipped" / "model-0.safetensors").read_bytes()
     ]
     assert len(found) == 1
