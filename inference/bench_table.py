@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from inference import bench_decode, bench_kv, bench_serving
+from inference import bench_compile, bench_decode, bench_kv, bench_serving
 from inference.bench_cases import Bench, LeftOut, Row
 from quantize.demo_model import demo_model
 from quantize.errors import InputError
@@ -35,6 +35,7 @@ CASES: dict[str, Callable[[Bench], Row | list[Row]]] = {
     "int8": bench_decode.int8_against_fp32,
     "llamacpp": bench_decode.against_llamacpp,
     "roofline": bench_decode.roofline,
+    "compile": bench_compile.compiled_against_eager,
     "static": bench_serving.static_eight,
     "continuous": bench_serving.against_static,
     "prefix": bench_serving.shared_prompt,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inference.attention import Attention, attend
+from inference.compile import CompiledDecode
 from inference.context import Cache, Uncached
 from inference.kv_cache import KVCache
 from inference.kv_int8 import Int8KVCache
@@ -26,6 +27,7 @@ class Engine:
         model: the weights.
         max_tokens: the longest sequence.
         cache: keys and values of the tokens seen so far; None for an engine without one.
+        compiled: the compiled decode step, None unless it was asked for.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Engine:
         use_cache: bool = True,
         attention: Attention = attend,
         cache: Cache | None = None,
+        compiled: bool = False,
     ) -> None:
         """Allocate the cache.
 
@@ -46,9 +49,11 @@ class Engine:
             use_cache: False runs the whole sequence again for each token, which is what the cache saves.
             attention: how a sequence's queries meet its keys.
             cache: one made already, of any kind, in place of all of the above.
+            compiled: decode by :class:`~inference.compile.CompiledDecode`: the first token of each bucket of lengths waits for
+                torch.compile (``engine.compiled.prepare`` does it beforehand), those after it are faster.
 
         Raises:
-            InputError: see :class:`KVCache`.
+            InputError: see :class:`KVCache`; for ``compiled``, :class:`~inference.compile.CompiledDecode`.
         """
         self.model = model
         longest = max_tokens or model.config.max_tokens
@@ -62,6 +67,7 @@ class Engine:
             else:
                 self.cache = KVCache(model.config, longest, dtype, model.device, attention=attention)
         self.max_tokens = longest
+        self.compiled = CompiledDecode(model, self.cache) if compiled else None
         self._attention = attention
         self._tokens: list[int] = []
 
@@ -102,6 +108,8 @@ class Engine:
         Raises:
             InputError: the cache is full.
         """
+        if self.compiled is not None:
+            return self.compiled([token])[0].float()
         return self._extend([token])
 
     def _extend(self, tokens: Sequence[int]) -> Tensor:

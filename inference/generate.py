@@ -72,9 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(f"{options.artifact} has no tokenizer.json; the engine needs one to read a prompt")
         tokenizer = Tokenizer.from_file(str(file))
         prompt = tokenizer.encode(options.prompt).ids
-        engine = (NativeEngine if options.native else Engine)(
-            model, min(model.config.max_tokens, max(1, len(prompt) + options.tokens))
-        )
+        longest = min(model.config.max_tokens, max(1, len(prompt) + options.tokens))
+        engine = NativeEngine(model, longest) if options.native else Engine(model, longest, compiled=options.compile)
+        if engine.compiled is not None:
+            print(f"compiled in {engine.compiled.prepare(longest):.1f} s", file=sys.stderr)
         stream = TextStream(tokenizer, options.stop)
         for token in generate(engine, prompt, options.tokens, sampling):
             print(stream.add(token), end="", flush=True)
@@ -100,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     parser.add_argument("--weights", choices=WEIGHTS, default="artifact", help="see inference.load.LoadOptions")
-    parser.add_argument("--native", action="store_true", help="decode by one C++ function, compiled on first use")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--native", action="store_true", help="decode by one C++ function, compiled on first use")
+    steps.add_argument("--compile", action="store_true", help="compile the decode step first, see inference.compile")
     return parser
 
 

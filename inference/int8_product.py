@@ -78,17 +78,32 @@ class SplitProduct:
         self._bytes = padded.numel()
 
     def __call__(self, rows: Tensor) -> Tensor:
-        count, columns = rows.shape
-        parts = rows.new_empty((2 * count, columns + 2), dtype=torch.float32)
-        parts[:count, :columns] = rows.bitwise_right_shift(1)
-        parts[count:, :columns] = rows.bitwise_and(1)
-        parts[:, columns] = _LOW
-        parts[:, columns + 1] = _HIGH
+        return join_parts(self.multiply(split_rows(rows)))
+
+    def multiply(self, parts: Tensor) -> Tensor:
+        """FBGEMM's product, float32 ``[2 m, out]``, with what :func:`split_rows` made of ``m`` rows."""
         out: Tensor = torch.ops.quantized.linear_dynamic(parts, self._packed, True)
-        return torch.add(out[count:], out[:count], alpha=2)
+        return out
 
     def nbytes(self) -> int:
         return self._bytes
+
+
+def split_rows(rows: Tensor) -> Tensor:
+    """int8 ``[m, in]`` to float32 ``[2 m, in + 2]``: the upper 7 bits of all rows, the lowest bits, and the range's ends."""
+    count, columns = rows.shape
+    parts = rows.new_empty((2 * count, columns + 2), dtype=torch.float32)
+    parts[:count, :columns] = rows.bitwise_right_shift(1)
+    parts[count:, :columns] = rows.bitwise_and(1)
+    parts[:, columns] = _LOW
+    parts[:, columns + 1] = _HIGH
+    return parts
+
+
+def join_parts(out: Tensor) -> Tensor:
+    """The product of whole rows, ``[m, out]``, from that of their parts."""
+    count = len(out) // 2
+    return torch.add(out[count:], out[:count], alpha=2)
 
 
 def int8_matmul(left: Tensor, right: Tensor) -> Tensor:

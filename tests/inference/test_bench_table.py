@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval import llamacpp_tools
-from inference import bench_kv, bench_serving, bench_table
+from inference import bench_kv, bench_serving, bench_table, compile
 from inference.bench_cases import Bench, LeftOut, Row, ratios, weight_bytes
 from inference.load import load
 from quantize.errors import InputError
@@ -51,6 +51,7 @@ def test_the_command_measures_writes_and_says_what_is_missing(
     monkeypatch.setattr(bench_serving, "SHORTEST", 2)
     monkeypatch.setattr(bench_serving, "LONGEST", 12)
     monkeypatch.setattr(bench_kv, "WINDOW", 24)
+    monkeypatch.setattr(compile.torch, "compile", lambda function, **options: function)  # test_compile.py compiles
     monkeypatch.setattr(Bench, "ids", lambda self, count, seed=0: [(7 * seed + 3 * i) % 300 for i in range(count)])
     monkeypatch.setenv(llamacpp_tools.VARIABLE, str(tmp_path / "nothing"))
     page = tmp_path / "page.md"
@@ -60,7 +61,7 @@ def test_the_command_measures_writes_and_says_what_is_missing(
     assert bench_table.main([*where, *small]) == 0
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     titles = [row["title"] for row in found["rows"]]
-    assert len(titles) == 15 and len(found["left_out"]) == 1 and "llama.cpp" in found["left_out"][0]
+    assert len(titles) == 17 and len(found["left_out"]) == 1 and "llama.cpp" in found["left_out"][0]
     assert all(row["value"] > 0 for row in found["rows"])
     text = page.read_text()
     assert all(title in text for title in titles) and "Left out: against llama.cpp" in text
