@@ -113,6 +113,8 @@ def plot(rows: Sequence[Row], target: Path) -> None:
     for name in ("naive", "tiled", "fused"):
         axes.plot(lengths, [getattr(row, f"{name}_bytes") / 2**20 for row in rows], marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="peak memory of one layer's attention, MiB")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(target)
 

@@ -113,19 +113,30 @@ def markdown(curves: Sequence[Curve], trained: int) -> str:
 
 
 def plot(curves: Sequence[Curve], trained: int, target: Path) -> None:
-    """Perplexity, logarithmic, against the end of each stretch; a line marks the trained context."""
+    """Perplexity against the end of each stretch, and its ratio to the first curve's, which the text's difficulty is not in.
+
+    Both are logarithmic; a dotted line marks the trained context.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    both = figure.subplots(2, sharex=True)
     for found in curves:
-        axes.plot(found.lengths, found.perplexities, marker="o", label=found.scaling)
-    axes.axvline(trained, color="black", linewidth=1, linestyle=":")
-    axes.annotate("trained context", (trained, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top")
-    axes.set(yscale="log", xlabel="tokens read", ylabel="perplexity of the stretch that ends here")
-    axes.legend()
+        quotients = [one / other for one, other in zip(found.perplexities, curves[0].perplexities, strict=True)]
+        for axes, values in zip(both, (found.perplexities, quotients), strict=True):
+            axes.plot(found.lengths, values, marker="o", label=found.scaling)
+    for axes in both:
+        axes.axvline(trained, color="black", linewidth=1, linestyle=":")
+        axes.set_yscale("log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")
+    place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "bottom"}
+    both[1].annotate("trained context", (trained, 0.6), **place)
+    both[0].set_ylabel("perplexity of the stretch that ends here")
+    both[0].legend()
+    both[1].set(xlabel="tokens read", ylabel=f"the same, over that of {curves[0].scaling}")
     with atomic_path(target) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=100)
 
 
 def text_ids(model: Path, text: Path, count: int) -> list[int]:
