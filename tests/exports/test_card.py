@@ -214,7 +214,8 @@ def test_the_cards_transformers_commands_run(
     monkeypatch.chdir(tmp_path / "pulled")
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("The capital of France is")
+    # GPTQModel tells what it does on standard output too.
+    assert re.search(r"^The capital of France is", capsys.readouterr().out, re.MULTILINE)
     assert directory_problems(tmp_path / "pulled") == []
 
 

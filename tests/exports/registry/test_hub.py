@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import _commit_api, constants
+from huggingface_hub.utils import close_session
 
 from exports.registry import connect
 from exports.registry.base import Conflict, Damaged, Entry, NotFound
@@ -28,7 +29,7 @@ TOKEN = "hf_planted0token1of2this3test4"
 
 
 @pytest.fixture(autouse=True)
-def alone_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def alone_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No token, cache or waiting of this machine's; large files go by Git LFS."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -38,6 +39,8 @@ def alone_and_quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The library waits for seconds before it tries again.
     monkeypatch.setattr("huggingface_hub.utils._http.time", types.SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr("huggingface_hub.file_download.time", types.SimpleNamespace(sleep=lambda seconds: None))
+    yield
+    close_session()
 
 
 @pytest.fixture
