@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 
+from torch.profiler import ProfilerActivity, profile
+
 from inference.bench_cases import Bench, LeftOut, Row, ratios
 from inference.engine import Engine
 from quantize.errors import InputError
@@ -17,6 +19,32 @@ def seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
     for _ in range(tokens):
         token = int(engine.decode(token).argmax())
     return (time.perf_counter() - started) / tokens
+
+
+# What multiplies by weights, as the profiler names it: bound by reading them, and the same compiled or not.
+PRODUCTS = frozenset(
+    (
+        "aten::_int_mm",
+        "aten::_weight_int4pack_mm_for_cpu",
+        "aten::addmm",
+        "aten::mm",
+        "mkldnn::_linear_pointwise",
+        "quantized::linear_dynamic",
+        "quantized::linear_dynamic_fp16",
+    )
+)
+
+
+def share_of_products(engine: Engine, prompt: list[int], tokens: int) -> float:
+    """The part of decode that is spent in products with weights, by torch's profiler: 0 to 1."""
+    token = int(engine.prefill(prompt).argmax())
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        started = time.perf_counter()
+        for _ in range(tokens):
+            token = int(engine.decode(token).argmax())
+        whole = time.perf_counter() - started
+    microseconds = sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key in PRODUCTS)
+    return float(microseconds) / 1e6 / whole
 
 
 def compiled_against_eager(bench: Bench) -> list[Row]:
@@ -32,9 +60,11 @@ def compiled_against_eager(bench: Bench) -> list[Row]:
         assert fast.compiled is not None
         waited = fast.compiled.prepare(longest)
         ours, other = bench.turns(*(lambda engine=engine: seconds(engine, ids, bench.tokens) for engine in (fast, plain)))
+        share = 100 * share_of_products(fast, ids, min(16, bench.tokens))
         detail = (
             f"{name}: {1 / statistics.median(ours):.1f} tokens/s compiled, {1 / statistics.median(other):.1f} not; "
-            f"compiling took {waited:.0f} s for {len(fast.compiled.seconds)} bucket(s), not counted"
+            f"compiling took {waited:.0f} s for {len(fast.compiled.seconds)} bucket(s), not counted; "
+            f"products with weights are {share:.0f} % of the compiled step"
         )
         rows.append(Row(f"torch.compile decode, {name}", 1.3, ratios(other, ours), detail))
     return rows

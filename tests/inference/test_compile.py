@@ -16,6 +16,7 @@ from torch._inductor import config as inductor
 from inference import compile as compiling
 from inference.attention import attend_each
 from inference.attention_naive import NaiveAttention
+from inference.bench_compile import share_of_products
 from inference.compile import CompiledDecode, attend_bucket, bucket_of, need_compiler
 from inference.engine import Engine
 from inference.generate import generate, main
@@ -145,6 +146,12 @@ def test_the_command_compiles_first(tiny_llama: Path, capsys: pytest.CaptureFixt
     found = capsys.readouterr()
     assert found.out == plain.out
     assert found.err.startswith("compiled in ") and not plain.err
+
+
+@pytest.mark.parametrize("name", ["packed", "plain", "stored", "int8"])
+def test_the_profile_knows_the_products(tiny_llama: Path, name: str) -> None:
+    engine = Engine(load(tiny_llama, OPTIONS[name]), 32)
+    assert 0 < share_of_products(engine, TOKENS, 4) < 1
 
 
 @pytest.mark.usefixtures("uncompiled")
