@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor import config as inductor
+from transformers import Qwen3Config
 
+from exports.gguf_convert import convert
+from exports.gguf_quantize import Options, quantize_file
 from inference import compile as compiling
 from inference.attention import attend_each
 from inference.attention_naive import NaiveAttention
@@ -20,6 +23,7 @@ from inference.bench_compile import share_of_products
 from inference.compile import CompiledDecode, attend_bucket, bucket_of, need_compiler
 from inference.engine import Engine
 from inference.generate import generate, main
+from inference.int4 import Int4Linear
 from inference.kv_cache import KVCache
 from inference.load import LoadOptions, load
 from inference.model import Model
@@ -192,3 +196,21 @@ def compiled_equals_eager(model: Model, tolerance: float) -> CompiledDecode:
 def test_compiled_it_is_the_engines_too(tiny_llama: Path, name: str) -> None:
     found = compiled_equals_eager(load(tiny_llama, OPTIONS[name]), 1e-4)
     assert found.seconds[1, 64] > 0
+
+
+@pytest.mark.slow
+def test_compiled_four_bits_are_the_engines(tiny_llama: Path, tmp_path: Path) -> None:
+    convert(tiny_llama, tmp_path / "f16.gguf", "F16")
+    quantize_file(tmp_path / "f16.gguf", tmp_path / "q4_0.gguf", Options("Q4_0"))
+    model = load(tmp_path / "q4_0.gguf", LoadOptions(weights="int4"))
+    assert isinstance(model.blocks[0].down, Int4Linear)
+    engine = Engine(model, 64, compiled=True)
+    # Inputs within float32 rounding of a tie in bfloat16 may go either way.
+    torch.testing.assert_close(run(engine, TOKENS), run(Engine(model, 64), TOKENS), atol=0.02, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_head_norms_are_the_engines(tmp_path: Path, make_checkpoint: Any) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    config = Qwen3Config(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, **sizes)
+    compiled_equals_eager(load(make_checkpoint(tmp_path / "qwen3", config)), 1e-4)
