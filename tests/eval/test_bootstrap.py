@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from eval.bootstrap import _resampled_means, paired_difference
+from eval.bootstrap import FEW, _resampled_means, paired_difference
 
 ANSWERS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=200)
 SCORES = st.lists(
@@ -86,12 +86,50 @@ def test_pairing_shows_what_separate_standard_errors_hide() -> None:
     assert not found.within_noise
 
 
-@pytest.mark.parametrize(("lost", "noise"), [(1, True), (2, True), (3, True), (4, True), (8, False), (30, False)])
+@pytest.mark.parametrize(
+    ("lost", "noise"), [(1, True), (2, True), (3, True), (4, True), (5, True), (6, False), (8, False), (30, False)]
+)
 def test_few_changed_answers_are_noise(lost: int, noise: bool) -> None:
     reference = np.ones(400)
     variant = reference.copy()
     variant[:lost] = 0
     assert paired_difference(variant, reference).within_noise == noise
+
+
+@given(st.integers(0, 24), st.integers(0, 24), st.integers(0, 300), st.sampled_from([1.0, 0.3, 40.0]))
+def test_few_changed_answers_are_judged_by_mcnemars_exact_test_too(lost: int, won: int, same: int, size: float) -> None:
+    changed = lost + won
+    if not 0 < changed < FEW:
+        return
+    reference = np.repeat([size, 0.0, size], [lost, won, same])
+    found = paired_difference(np.repeat([0.0, size, size], [lost, won, same]), reference, resamples=300)
+    extreme = sum(math.comb(changed, k) for k in range(changed + 1) if abs(2 * k - changed) >= abs(lost - won))
+    exact = extreme / 2**changed
+    assert found.p_value >= exact * (1 - 1e-9)
+    if exact >= 0.05:
+        assert found.within_noise
+        assert found.low <= 1e-9 * size
+        assert found.high >= -1e-9 * size
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5))
+def test_five_changes_of_any_sizes_are_noise(sizes: list[float]) -> None:
+    # All of one sign: 2 of the 2^n ways of giving signs are as extreme.
+    variant = np.array([*sizes, *[0.0] * 50])
+    found = paired_difference(variant, np.zeros_like(variant))
+    assert found.p_value > 2 / 2 ** len(sizes) * 0.9
+    # By chance alone 10,000 drawings of a probability of 1/16 give less than 1/20 once in 10 ** 7 times.
+    assert found.within_noise
+
+
+def test_few_changes_are_told_apart_no_oftener_than_promised() -> None:
+    generator, trials, alarms = np.random.default_rng(5), 600, 0
+    for trial in range(trials):
+        changes = np.zeros(300)
+        changes[: generator.integers(1, 15)] = 1
+        variant = changes * np.where(generator.random(300) < 0.5, 1, -1)
+        alarms += not paired_difference(variant, np.zeros(300), resamples=500, seed=trial).within_noise
+    assert alarms <= 30
 
 
 def test_equal_models_are_told_apart_in_one_of_twenty_comparisons() -> None:
