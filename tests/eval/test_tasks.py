@@ -97,9 +97,12 @@ def only_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def changes_nothing(folder: Path) -> Iterator[None]:
-    before = sorted(folder.rglob("*"))
+    def files() -> list[Path]:
+        return sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)  # Python's own, made when it likes
+
+    before = files()
     yield
-    assert sorted(folder.rglob("*")) == before
+    assert files() == before
 
 
 # Scores.
