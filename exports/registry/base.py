@@ -96,6 +96,19 @@ class Entry:
                 yield chunk
 
 
+def check_expected(tag: str, expected: str | None, found: str | None) -> None:
+    """For :meth:`Registry.set_tag`: refuse to move a ``NAME:TAG`` that says ``found``, not what the publisher has seen.
+
+    Raises:
+        Conflict: it says something else.
+    """
+    if expected not in (ANY, found):
+        raise Conflict(
+            f"{tag} was moved meanwhile: it says {found or 'nothing'}, not {expected or 'nothing'}; "
+            "look at what was published, then publish again"
+        )
+
+
 class Registry(ABC):
     """A place that keeps releases. All digests are ``sha256:`` and 64 hex digits."""
 

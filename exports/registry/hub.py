@@ -23,7 +23,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete, RepoFile
 
-from exports.registry.base import ANY, MANIFEST_BYTES, Conflict, Damaged, Entry, NotFound, Registry
+from exports.registry.base import ANY, MANIFEST_BYTES, Conflict, Damaged, Entry, NotFound, Registry, check_expected
 from exports.registry.hub_client import Hub, addition
 from exports.registry.names import DEFAULT_TAG, Reference, check_digest, check_name
 from exports.registry.release import CARD, parse_release
@@ -184,11 +184,7 @@ class HubRegistry(Registry):
             found = self._said(name, refs).get(tag)
             if found == digest:
                 return
-            if expected not in (ANY, found):
-                raise Conflict(
-                    f"{name}:{tag} was moved meanwhile: it says {found or 'nothing'}, not {expected or 'nothing'}; "
-                    "look at what was published, then publish again"
-                )
+            check_expected(f"{name}:{tag}", expected, found)
             try:
                 self._move(name, MAIN if tag == DEFAULT_TAG else tag, refs, refs.releases[digest], digest)
                 return

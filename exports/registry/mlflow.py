@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from exports.registry.base import ANY, MANIFEST_BYTES, Conflict, Damaged, Entry, NotFound, Registry
+from exports.registry.base import ANY, MANIFEST_BYTES, Damaged, Entry, NotFound, Registry, check_expected
 from exports.registry.locking import exclusive
 from exports.registry.names import DEFAULT_TAG, check_digest, check_name
 from quantize.artifact import RELEASE
@@ -170,11 +170,7 @@ class MlflowRegistry(Registry):
             found = self.tags(name).get(tag)
             if found == digest:
                 return
-            if expected not in (ANY, found):
-                raise Conflict(
-                    f"{name}:{tag} was moved meanwhile: it says {found or 'nothing'}, not {expected or 'nothing'}; "
-                    "look at what was published, then publish again"
-                )
+            check_expected(f"{name}:{tag}", expected, found)
             if tag == DEFAULT_TAG:
                 self._new_version(name, self.client.get_run(self._run_of(name, digest)), digest)
             else:

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from exports.registry import oci_format
-from exports.registry.base import ANY, MANIFEST_BYTES, Conflict, Damaged, Entry, NotFound, Registry
+from exports.registry.base import ANY, MANIFEST_BYTES, Conflict, Damaged, Entry, NotFound, Registry, check_expected
 from exports.registry.locking import exclusive
 from exports.registry.names import Reference, check_digest, check_name
 from exports.registry.oci_client import ATTEMPTS, Client, Cut, Response
@@ -187,11 +187,7 @@ class OciRegistry(Registry):
                 raise Conflict(f"{name}:{tag} at {self.location} is an image of another kind; choose another tag") from None
             if found == digest:
                 return
-            if expected not in (ANY, found):
-                raise Conflict(
-                    f"{name}:{tag} was moved meanwhile: it says {found or 'nothing'}, not {expected or 'nothing'}; "
-                    "look at what was published, then publish again"
-                )
+            check_expected(f"{name}:{tag}", expected, found)
             condition = {"If-Match": f'"sha256:{hashlib.sha256(before).hexdigest()}"'} if before else {"If-None-Match": "*"}
             self._put_image(name, tag, image, {} if expected == ANY else condition)
             if self._image(name, tag) != image:
