@@ -24,7 +24,7 @@ from rich.table import Table
 from inference.config import gguf_file
 from inference.engine import Engine
 from inference.load import LoadOptions, load
-from inference.native.step import NativeEngine
+from inference.native.step import engine_of
 from quantize.devices import resolve_device
 from quantize.errors import InputError
 
@@ -184,10 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise InputError(f"--{key}={getattr(options, key)} measures nothing; use 1 or more")
         device = resolve_device(options.device)
         artifacts = [parse_artifact(text, DTYPES[options.dtype], device) for text in options.artifacts]
-        engines = [
-            (NativeEngine if loading.native else Engine)(load(path, loading), options.prompt + options.tokens)
-            for path, loading in artifacts
-        ]
+        engines = [engine_of(load(path, loading), options.prompt + options.tokens) for path, loading in artifacts]
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,8 +19,7 @@ from inference.engine import Engine
 from inference.load import LoadOptions, load
 from inference.model import Model
 from inference.native.build import library
-from inference.native.linear import NativeLinear
-from inference.native.step import NativeEngine
+from inference.native.step import engine_of
 from quantize.errors import InputError
 
 
@@ -166,7 +165,11 @@ def ratios(above: list[float], below: list[float]) -> tuple[float, ...]:
 
 def decode_seconds(model: Model, prompt: list[int], tokens: int) -> float:
     """Seconds a token of greedy decode after ``prompt``, the mean of ``tokens``."""
-    engine = (NativeEngine if isinstance(model.head, NativeLinear) else Engine)(model, len(prompt) + tokens)
+    return engine_seconds(engine_of(model, len(prompt) + tokens), prompt, tokens)
+
+
+def engine_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
+    """:func:`decode_seconds` of an engine made already, and with it of what it has compiled."""
     token = int(engine.prefill(prompt).argmax())
     started = time.perf_counter()
     for _ in range(tokens):

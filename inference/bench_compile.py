@@ -7,19 +7,9 @@ import time
 
 from torch.profiler import ProfilerActivity, profile
 
-from inference.bench_cases import Bench, LeftOut, Row, ratios
+from inference.bench_cases import Bench, LeftOut, Row, engine_seconds, ratios
 from inference.engine import Engine
 from quantize.errors import InputError
-
-
-def seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
-    """Seconds a token of greedy decode after ``prompt``, the mean of ``tokens``; what was compiled already stays so."""
-    token = int(engine.prefill(prompt).argmax())
-    started = time.perf_counter()
-    for _ in range(tokens):
-        token = int(engine.decode(token).argmax())
-    return (time.perf_counter() - started) / tokens
-
 
 # What multiplies by weights, as the profiler names it: bound by reading them, and the same compiled or not.
 PRODUCTS = frozenset(
@@ -59,7 +49,9 @@ def compiled_against_eager(bench: Bench) -> list[Row]:
             raise LeftOut(f"torch.compile: {error}") from error
         assert fast.compiled is not None
         waited = fast.compiled.prepare(longest)
-        ours, other = bench.turns(*(lambda engine=engine: seconds(engine, ids, bench.tokens) for engine in (fast, plain)))
+        ours, other = bench.turns(
+            *(lambda engine=engine: engine_seconds(engine, ids, bench.tokens) for engine in (fast, plain))
+        )
         share = 100 * share_of_products(fast, ids, min(16, bench.tokens))
         detail = (
             f"{name}: {1 / statistics.median(ours):.1f} tokens/s compiled, {1 / statistics.median(other):.1f} not; "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from inference.int4 import Int4Codes
-from inference.linear import Int8Linear, Linear, tensor_bytes
+from inference.linear import DenseLinear, Int8Linear, Linear, tensor_bytes
 
 # The order of step.cpp's Kind.
 FLOAT32, FLOAT16, INT8_WEIGHT, INT8, INT4, INT4_MIDDLE = range(6)
@@ -67,6 +67,7 @@ class NativeLinear:
 
     def nbytes(self) -> int:
         """Bytes held, the copy for many tokens included."""
+        # In float32 it is the same memory.
         held = tensor_bytes(self.weight, self.scales, self.minima, self.bias, self.order)
         return held + (0 if self._many is None or self.kind == FLOAT32 else self._many.nbytes())
 
@@ -76,22 +77,8 @@ def dense(weight: Tensor, bias: Tensor | None, half: bool) -> NativeLinear:
     kept = weight.to(torch.float16 if half else torch.float32).contiguous()
     shape = (kept.shape[0], kept.shape[1])
     if not half:
-        return NativeLinear(FLOAT32, shape, kept, many=_Plain(kept, bias), bias=bias)
+        return NativeLinear(FLOAT32, shape, kept, many=DenseLinear(kept, bias), bias=bias)
     return NativeLinear(FLOAT16, shape, kept, lambda start, stop: kept[start:stop].float(), bias=bias)
-
-
-class _Plain:
-    """torch's product with the native layer's own memory."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.out_features = weight.shape[0]
-        self._weight, self._bias = weight, bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
-
-    def nbytes(self) -> int:
-        return 0
 
 
 def int8_weight_only(codes: Tensor, scales: Tensor, bias: Tensor | None) -> NativeLinear:

@@ -79,14 +79,8 @@ Range share(int64_t total, int64_t thread, int64_t threads, int64_t unit = 1) {
 
 // --- products of one row -------------------------------------------------------------------------------------------------
 
-float dot(const float *w, const float *x, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += w[i] * x[i];
-    return sum;
-}
-
-float dot(const int8_t *w, const float *x, int64_t n) {
+template <class Number>
+float dot(const Number *w, const float *x, int64_t n) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += float(w[i]) * x[i];
@@ -147,13 +141,6 @@ int32_t dot(const int8_t *w, const int16_t *x, int64_t n) {
     int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) sum += int32_t(w[i]) * int32_t(x[i]);
-    return sum;
-}
-
-float dot(const half *w, const float *x, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += float(w[i]) * x[i];
     return sum;
 }
 

@@ -186,3 +186,8 @@ class NativeEngine(Engine):
 
     def decode(self, token: int) -> Tensor:
         return self._step(token)
+
+
+def engine_of(model: Model, max_tokens: int) -> Engine:
+    """The engine that ``model`` was loaded for: :class:`NativeEngine` where that was with ``native=True``."""
+    return (NativeEngine if isinstance(model.head, NativeLinear) else Engine)(model, max_tokens)
