@@ -63,7 +63,8 @@ def _compile(command: list[str]) -> None:
 
 def _key(command: list[str]) -> str:
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [SOURCE.read_text(), version, *command, platform.machine(), _processor()]
+    sources = [file.read_text() for file in sorted(SOURCE.parent.glob("*.[ch]pp"))]
+    parts = [*sources, version, *command, platform.machine(), _processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

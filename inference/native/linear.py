@@ -15,21 +15,22 @@ from torch.nn import functional
 from inference.int4 import Int4Codes
 from inference.linear import DenseLinear, Int8Linear, Linear, tensor_bytes
 
-# The order of step.cpp's Kind.
+# The order of product.hpp's Kind.
 FLOAT32, FLOAT16, INT8_WEIGHT, INT8, INT4, INT4_MIDDLE = range(6)
 BLOCK = 32  # inputs of a 4-bit layer that share a scale
 _MIDDLE = 8
+_SCALES_AT_ONCE = 8
 _CHUNK_WEIGHTS = 1 << 20
 
 
 class NativeLinear:
-    """A weight in one of step.cpp's kinds. Float32 activations, CPU only.
+    """A weight in one of product.hpp's kinds. Float32 activations, CPU only.
 
     Attributes:
         kind: of ``weight``.
         out_features, in_features: of the layer.
         group: columns that share a scale.
-        weight, scales, minima, bias, order: as in step.cpp's ``Linear``; None where a kind has none.
+        weight, scales, minima, bias, order: as in product.hpp's ``Linear``; None where a kind has none.
         input_scale: of static int8 activations, else 0.
     """
 
@@ -103,6 +104,12 @@ def int8(codes: Tensor, scales: Tensor, bias: Tensor | None, input_scale: Tensor
     return NativeLinear(INT8, shape, codes, many=many, group=group, scales=scales, bias=bias, input_scale=static)
 
 
+def _padded(scales: Tensor) -> Tensor:
+    """The same with room behind it, because product.hpp reads scales eight at a time."""
+    room = torch.zeros(scales.numel() + _SCALES_AT_ONCE, dtype=scales.dtype)
+    return room[: scales.numel()].view_as(scales).copy_(scales)
+
+
 def int4(codes: Int4Codes, bias: Tensor | None) -> NativeLinear:
     """A 4-bit layer, two codes a byte in GGUF's order: 16 bytes hold codes 0 to 15 of a block, and above them 16 to 31.
 
@@ -110,8 +117,8 @@ def int4(codes: Int4Codes, bias: Tensor | None) -> NativeLinear:
     """
     blocks = codes.codes.view(len(codes.codes), -1, 2, BLOCK // 2)
     packed = (blocks[:, :, 0] | blocks[:, :, 1] << 4).contiguous()
-    scales, minima = codes.scales.contiguous(), codes.minima.contiguous()
-    half = scales.half()
+    minima, scales = codes.minima.contiguous(), _padded(codes.scales)
+    half = _padded(scales.half())
     middle = bool(torch.equal(half.float(), scales)) and bool(torch.equal(minima, -_MIDDLE * scales))
     size = codes.group_size
 

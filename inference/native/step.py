@@ -57,12 +57,12 @@ _Model = _structure(
     head_eps=ctypes.c_double,
     **_pointers("blocks", "norm"),
     head=_Layers,
-    **_pointers("stream", "wide", "gathered"),
+    **_pointers("stream", "wide", "partial"),
 )
 
 
 def describe(layer: NativeLinear, address: Callable[[Tensor], int]) -> Any:
-    """step.cpp's ``Linear``; ``address`` gives a tensor's, which must outlive it."""
+    """product.hpp's ``Linear``; ``address`` gives a tensor's, which must outlive it."""
     tensors = (layer.weight, layer.scales, layer.minima, layer.bias, layer.order)
     addresses = (None if tensor is None else address(tensor) for tensor in tensors)
     return _Linear(layer.kind, layer.out_features, layer.in_features, layer.group, *addresses, layer.input_scale)
@@ -96,7 +96,9 @@ class NativeStep:
         middle = model.blocks[0].gate_up.out_features // 2
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._stream = torch.empty(config.hidden_size)
-        buffers = (self._stream, torch.empty(max(width, middle)), torch.empty(config.num_heads * config.head_dim))
+        threads = torch.get_num_threads()
+        partial = torch.empty(threads, config.num_heads * (config.head_dim + 2))
+        buffers = (self._stream, torch.empty(max(width, middle)), partial)
         blocks = (_Block * config.num_layers)(*(self._block(index) for index in range(config.num_layers)))
         head_norms = model.blocks[0].head_norms
         self._described = _Model(
@@ -108,7 +110,7 @@ class NativeStep:
             middle,
             cache.max_tokens,
             cache.keys.dtype == torch.float16,
-            torch.get_num_threads(),
+            threads,
             model.norm.scaled_eps,
             head_norms.scaled_eps if head_norms else 0.0,
             ctypes.addressof(blocks),
@@ -130,7 +132,6 @@ class NativeStep:
         self._stream.copy_(self._model.embedding[token])
         logits = torch.empty(self._model.config.vocab_size)
         position = ctypes.c_int64(self._cache.lengths[0])
-        self._described.threads = torch.get_num_threads()
         self._step(
             ctypes.byref(self._described),
             _Pointer(cosine.data_ptr()),

@@ -50,6 +50,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama-odd": lambda: LlamaConfig(
         **SIZES | {"num_attention_heads": 6, "hidden_size": 60, "intermediate_size": 44}, head_dim=10
     ),
+    "llama-seven-to-one": lambda: LlamaConfig(
+        **SIZES | {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}
+    ),
     "llama-dynamic": lambda: LlamaConfig(**SIZES | {"max_position_embeddings": 8}, rope_parameters=DYNAMIC),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
@@ -63,7 +66,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return path
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -100,6 +103,22 @@ def test_greedy_text_is_the_engines_and_a_second_one_does_not_see_the_first(chec
     plain, native = both(checkpoint)
     for prompt in (TOKENS[:4], TOKENS[3:9], TOKENS[:1]):
         assert list(generate(native, prompt, 30, stop=())) == list(generate(plain, prompt, 30, stop=()))
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.float16])
+def test_attention_over_more_positions_than_a_tile(tmp_path: Path, make_checkpoint: Any, cache: torch.dtype) -> None:
+    path = make_checkpoint(tmp_path / "dense", LlamaConfig(**SIZES | {"max_position_embeddings": 256}))
+    plain, native = (
+        kind(load(path, LoadOptions(max_tokens=256, native=kind is NativeEngine)), 256, cache)
+        for kind in (Engine, NativeEngine)
+    )
+    prompt = [index * 7 % 300 for index in range(190)]
+    for engine in (plain, native):
+        engine.prefill(prompt)
+    for token in TOKENS:
+        torch.testing.assert_close(
+            native.decode(token), plain.decode(token), atol=1e-4 if cache == torch.float32 else 2e-3, rtol=0
+        )
 
 
 def test_float16_weights_stay_16_bits_wide(checkpoint: Path) -> None:

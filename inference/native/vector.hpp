@@ -1,0 +1,89 @@
+// Eight floats at a time, in the vector types of GCC and Clang, which compile for any processor; AVX2 is spelled out where the
+// compiler does not find it: widening to floats, sums across a vector, products of bytes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define X86_VECTORS 1
+#endif
+
+using half = _Float16;
+
+namespace {
+
+constexpr int64_t WIDTH = 8;
+constexpr int64_t AHEAD = 1024;  // bytes before a weight is needed; a page's end stops the processor's own prefetching
+
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t EightInts __attribute__((vector_size(32)));
+
+inline Eight load(const float *from) {
+    Eight v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+inline void store(float *to, Eight v) { std::memcpy(to, &v, sizeof v); }
+
+#ifdef X86_VECTORS
+
+inline Eight load(const half *from) { return (Eight)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)); }
+
+inline Eight load(const int8_t *from) {
+    return (Eight)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+}
+
+inline float total(Eight v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+#else
+
+template <class Number>
+Eight load(const Number *from) {
+    Eight v;
+    for (int64_t i = 0; i < WIDTH; i++) v[i] = float(from[i]);
+    return v;
+}
+
+inline float total(Eight v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+#endif
+
+// The sum of w[i] * x[i].
+template <class Number>
+float dot(const Number *w, const float *x, int64_t n) {
+    Eight one{}, two{};
+    int64_t i = 0;
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        __builtin_prefetch((const char *)(w + i) + AHEAD);
+        one += load(w + i) * load(x + i);
+        two += load(w + i + WIDTH) * load(x + i + WIDTH);
+    }
+    float sum = total(one + two);
+    for (; i < n; i++) sum += float(w[i]) * x[i];
+    return sum;
+}
+
+// e^x to 2e-7 of itself; x is taken for -87 or 88 where it is beyond. The polynomial is that of Cephes' expf.
+inline Eight exponential(Eight x) {
+    x = x < -87.0f ? Eight{} - 87.0f : x;
+    x = x > 88.0f ? Eight{} + 88.0f : x;
+    Eight shifted = x * 1.44269504088896f + 12582912.0f;  // 1.5 * 2^23, which leaves the integer in the low bits
+    Eight n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Eight p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    EightInts bits = ((EightInts)shifted << 23) + (127 << 23);
+    return (p * r * r + r + 1.0f) * (Eight)bits;
+}
+
+}  // namespace
