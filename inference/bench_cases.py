@@ -148,10 +148,10 @@ class Bench:
         rng = random.Random(seed)
         return [rng.randrange(1000, self.fp32.config.vocab_size) for _ in range(count)]
 
-    def turns(self, *measures: Callable[[], float]) -> list[list[float]]:
+    def turns(self, *measures: Callable[[], float], rounds: int | None = None) -> list[list[float]]:
         """Every measure once a round, ``[measure][round]``, in alternating order: a machine that slows down slows them all."""
         found: list[list[float]] = [[] for _ in measures]
-        for turn in range(self.rounds):
+        for turn in range(rounds or self.rounds):
             order = list(range(len(measures)))
             for index in order if turn % 2 == 0 else reversed(order):
                 found[index].append(measures[index]())
@@ -163,9 +163,9 @@ def ratios(above: list[float], below: list[float]) -> tuple[float, ...]:
     return tuple(one / other for one, other in zip(above, below, strict=True))
 
 
-def decode_seconds(model: Model, prompt: list[int], tokens: int) -> float:
-    """Seconds a token of greedy decode after ``prompt``, the mean of ``tokens``."""
-    return engine_seconds(engine_of(model, len(prompt) + tokens), prompt, tokens)
+def decode_seconds(model: Model, prompt: list[int], tokens: int, cache_dtype: torch.dtype | None = None) -> float:
+    """Seconds a token of greedy decode after ``prompt``, the mean of ``tokens``; the cache in the model's type by default."""
+    return engine_seconds(engine_of(model, len(prompt) + tokens, cache_dtype), prompt, tokens)
 
 
 def engine_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:

@@ -12,6 +12,7 @@ from eval.consumers import llamacpp
 from inference.bench_cases import Bench, LeftOut, Row, decode_seconds, ratios, read_bandwidth, stopwatch, weight_bytes
 from inference.engine import Engine
 from inference.model import Model
+from inference.native.step import engine_of
 from inference.speculative import DraftModel, Speculator
 from quantize.errors import InputError
 
@@ -97,11 +98,16 @@ def against_llamacpp(bench: Bench) -> list[Row]:
     except InputError as error:
         raise LeftOut(f"against llama.cpp: {error}") from error
     models: dict[str, Model] = {"int8": bench.int8_step, "int4 of the same Q4_0 file": bench.int4_step}
-    measures = [lambda model=model: decode_seconds(model, ids, bench.tokens) for model in models.values()]
+    # llama.cpp's cache is in 16 bits too.
+    half = torch.float16
+    measures = [lambda model=model: decode_seconds(model, ids, bench.tokens, half) for model in models.values()]
     found = bench.turns(*measures, lambda: theirs(bench.q4_file), lambda: theirs(bench.f16_file))
     best = min(range(len(models)), key=lambda index: statistics.median(found[index]))
     name, ours, q4, f16 = list(models)[best], found[best], found[-2], found[-1]
-    detail = f"{threads} threads; here {_rate(ours)} tokens/s ({name}), llama.cpp {_rate(q4)} in Q4_0, {_rate(f16)} in F16"
+    detail = (
+        f"{threads} threads, 16-bit caches; here {_rate(ours)} tokens/s ({name}), "
+        f"llama.cpp {_rate(q4)} in Q4_0, {_rate(f16)} in F16"
+    )
     return [
         Row("our best precision against llama.cpp Q4_0, decode", 0.7, ratios(q4, ours), detail),
         Row("our best precision against llama.cpp F16, decode", 1, ratios(f16, ours), detail),
@@ -126,13 +132,13 @@ def speculative(bench: Bench) -> Row:
     """An INT8 draft of the float32 model, on the model's own text."""
     prompt = bench.ids(16)
     longest = len(prompt) + bench.tokens + 8
-    speculator = Speculator(bench.fp32, DraftModel(bench.int8, longest), 4, longest)
+    speculator = Speculator(bench.fp32_step, DraftModel(bench.int8_step, longest), 4, longest)
 
     def guessed() -> float:
         return stopwatch(lambda: list(speculator.generate(prompt, bench.tokens, stop=())))
 
     def plain() -> float:
-        engine = Engine(bench.fp32, longest)
+        engine = engine_of(bench.fp32_step, longest)
         started = time.perf_counter()
         token = int(engine.prefill(prompt).argmax())
         for _ in range(bench.tokens - 1):

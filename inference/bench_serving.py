@@ -20,7 +20,7 @@ from inference.scheduler import Policy, Scheduler
 from inference.static_batching import StaticBatching
 
 SHORTEST, LONGEST = 16, 256  # of prompts and texts of the trace
-BLOCK_SIZE = 16
+BLOCK_SIZE = 8
 
 
 def trace(bench: Bench, skewed: bool) -> list[Request]:
@@ -55,8 +55,8 @@ def static_eight(bench: Bench) -> Row:
     """A batch of 8 equal requests against the same ones one by one."""
     requests = [Request(bench.ids(bench.prompt, seed), bench.tokens, stop=()) for seed in range(8)]
     eight, one = bench.turns(
-        lambda: stopwatch(lambda: StaticBatching(bench.fp32, 8).run(requests)),
-        lambda: stopwatch(lambda: StaticBatching(bench.fp32, 1).run(requests)),
+        lambda: stopwatch(lambda: StaticBatching(bench.fp32_step, 8).run(requests)),
+        lambda: stopwatch(lambda: StaticBatching(bench.fp32_step, 1).run(requests)),
     )
     made = 8 * bench.tokens
     detail = (
@@ -71,15 +71,19 @@ def against_static(bench: Bench) -> list[Row]:
     rows, waste = [], list[float]()
     for skewed, goal in ((True, 1.8), (False, None)):
         requests = trace(bench, skewed)
-        static = StaticBatching(bench.fp32, bench.batch)
+        static = StaticBatching(bench.fp32_step, bench.batch)
 
         def paged(requests: list[Request] = requests, skewed: bool = skewed) -> float:
-            seconds, empty = continuous(bench.fp32, bench, requests)
+            seconds, empty = continuous(bench.fp32_step, bench, requests)
             if skewed:
                 waste.append(100 * empty)
             return seconds
 
-        fast, slow = bench.turns(paged, lambda static=static, requests=requests: stopwatch(lambda: static.run(requests)))  # type: ignore[misc]
+        def padded(requests: list[Request] = requests, static: StaticBatching = static) -> float:
+            return stopwatch(lambda: static.run(requests))
+
+        # Minutes a round: once is enough for a row without a goal.
+        fast, slow = bench.turns(paged, padded, rounds=None if goal else 1)
         made = sum(request.max_new_tokens for request in requests)
         detail = (
             f"fp32, {len(requests)} requests of {SHORTEST}-{LONGEST} + {SHORTEST}-{LONGEST} tokens, {bench.batch} at a time: "
@@ -126,10 +130,10 @@ def shared_prompt(bench: Bench) -> Row:
         return time.perf_counter() - started
 
     def cold() -> float:
-        return first_token(Scheduler(bench.fp32, PagedCache(bench.fp32.config, 64, BLOCK_SIZE), policy), 1)
+        return first_token(Scheduler(bench.fp32, PagedCache(bench.fp32.config, -(-576 // BLOCK_SIZE), BLOCK_SIZE), policy), 1)
 
     def warm() -> float:
-        scheduler = Scheduler(bench.fp32, PagedCache(bench.fp32.config, 64, BLOCK_SIZE), policy)
+        scheduler = Scheduler(bench.fp32, PagedCache(bench.fp32.config, -(-576 // BLOCK_SIZE), BLOCK_SIZE), policy)
         first_token(scheduler, 1)
         return first_token(scheduler, 2)
 

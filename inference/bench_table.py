@@ -47,7 +47,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "inference.md"
 
 
 def measure(bench: Bench, names: Sequence[str], say: Callable[[str], None]) -> tuple[list[Row], list[str]]:
-    """The rows of the named cases, and why others are missing."""
+    """The rows of the named cases, said as they come, and why others are missing."""
     rows: list[Row] = []
     missing: list[str] = []
     for name in names:
@@ -57,7 +57,9 @@ def measure(bench: Bench, names: Sequence[str], say: Callable[[str], None]) -> t
         except LeftOut as reason:
             missing.append(str(reason))
             continue
-        rows += found if isinstance(found, list) else [found]
+        for row in found if isinstance(found, list) else [found]:
+            say(" | ".join(cells(row)))
+            rows.append(row)
     return rows, missing
 
 

@@ -2,6 +2,10 @@
 
 Symmetric, ``scale = max|x| / 127`` rounded to float16 before the codes are, so reading gives what writing meant. A head of 64
 takes 66 bytes where float16 takes 128. The new token's own keys are rounded too, so all queries see the same.
+
+Keys have channels that are large in every token and would make the scale too coarse for the others. They are stored multiplied
+by a Hadamard matrix, which spreads a large channel over all, and queries are multiplied by the same one: it is orthogonal, so
+products are what they were (Ashkboos et al. 2024, QuaRot, arXiv:2404.00456, section 4). Values have no such channels.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ class Int8KVCache:
         codes: int8 ``[2, layers, slots, kv_heads, max_tokens, head_dim]``, keys first.
         scales: float16, the same without ``head_dim``.
         lengths: tokens in each slot so far.
+        spread: float32 ``[head_dim, head_dim]``, orthogonal: what keys and queries are multiplied by.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Int8KVCache:
         self.scales = torch.zeros(shape, dtype=torch.float16, device=device)
         self.lengths = [0] * slots
         self.attention = attention
+        self.spread = hadamard(config.head_dim).to(device)
 
     @property
     def max_tokens(self) -> int:
@@ -76,6 +82,14 @@ class Int8KVCache:
         self.lengths = [0] * len(self.lengths)
 
 
+def hadamard(size: int) -> Tensor:
+    """An orthogonal float32 ``[size, size]``: Sylvester's signs, in blocks of the largest power of two that divides."""
+    block = torch.ones(1, 1)
+    while size % (2 * len(block)) == 0:
+        block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
+    return torch.kron(torch.eye(size // len(block)), block / len(block) ** 0.5)
+
+
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of floating ``[..., head_dim]`` and float16 scales ``[...]``."""
     wide = x.float()
@@ -91,14 +105,14 @@ class Int8Context(SlotPositions):
         self._cache = cache
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        for part, new in enumerate((keys, values)):
+        for part, new in enumerate((keys.float() @ self._cache.spread, values)):
             codes, scales = quantize_heads(new.transpose(0, 1))
             for span, slot, start, end in self.places():
                 self._cache.codes[part, layer, slot, :, start:end] = codes[:, span]
                 self._cache.scales[part, layer, slot, :, start:end] = scales[:, span]
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        rows = []
+        rows, queries = [], queries @ self._cache.spread.to(queries.dtype)
         for span, slot, _, end in self.places():
             codes = self._cache.codes[:, layer, slot, :, :end].to(queries.dtype)
             keys, values = codes.mul_(self._cache.scales[:, layer, slot, :, :end, None].to(queries.dtype))

@@ -66,7 +66,7 @@ class PagedCache:
         self,
         config: ModelConfig,
         blocks: int,
-        block_size: int = 16,
+        block_size: int = 8,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         attention: Attention = attend,
@@ -77,7 +77,7 @@ class PagedCache:
             InputError: no block, no token in a block, or a type that is not float32, float16 or bfloat16.
         """
         if block_size < 1:
-            raise InputError(f"kv_cache: block_size={block_size} holds no token; use 1 or more, such as 16")
+            raise InputError(f"kv_cache: block_size={block_size} holds no token; use 1 or more, such as 8")
         if dtype not in CACHE_DTYPES:
             raise InputError(f"kv_cache: dtype={dtype} is not supported; use {', '.join(map(str, CACHE_DTYPES))}")
         self.allocator = BlockAllocator(blocks)

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from inference.kv_cache import KVCache
 from inference.model import Model
+from inference.native.linear import NativeLinear
+from inference.native.step import NativeStep
 from inference.sampling import Sampler, Sampling
 from quantize.errors import InputError
 
@@ -63,9 +66,10 @@ class DraftModel:
     """Guesses by a smaller or more coarsely quantized model of the same vocabulary, greedily."""
 
     def __init__(self, model: Model, max_tokens: int | None = None) -> None:
-        """``max_tokens`` of its cache, the model's context by default."""
+        """``max_tokens`` of its cache, the model's context by default; one loaded with ``native=True`` guesses natively."""
         self.model = model
         self._cache = KVCache(model.config, max_tokens or model.config.max_tokens, model.dtype, model.device)
+        self._step = NativeStep(model, self._cache) if isinstance(model.head, NativeLinear) else None
         self._held: list[int] = []
 
     @torch.inference_mode()
@@ -80,13 +84,17 @@ class DraftModel:
         guesses: list[int] = []
         new = list(tokens[kept:])
         for _ in range(count):
-            last = torch.tensor([len(new) - 1], device=self.model.device)
-            context = self._cache.context([len(new)])
-            logits = self.model.forward(torch.tensor(new, device=self.model.device), context, last)
-            new = [int(logits[0].argmax())]
+            new = [int(self._logits(new).argmax())]
             guesses += new
         self._held = [*tokens, *guesses[:-1]]
         return guesses
+
+    def _logits(self, new: list[int]) -> Tensor:
+        if self._step is not None and len(new) == 1:
+            return self._step(new[0])
+        last = torch.tensor([len(new) - 1], device=self.model.device)
+        context = self._cache.context([len(new)])
+        return self.model.forward(torch.tensor(new, device=self.model.device), context, last)[0]
 
 
 @dataclass

@@ -1,12 +1,17 @@
 """Layers whose numbers lie in memory as they are, row after row, so that C++ can walk over them.
 
-One row at a time is :mod:`inference.native.step`'s business. Called with several, as in prefill, they are multiplied by torch:
-what is narrower than float32 is widened some rows at a time, which a product over many tokens makes up for.
+A whole step on one token is :mod:`inference.native.step`'s business. Called with a few tokens, as in batches and when guesses
+are checked, they are multiplied in C++, each weight read once for all; a token's numbers do not depend on those beside it.
+Called with many, as in prefill, they are multiplied by torch: what is narrower than float32 is widened some rows at a time,
+which a product over many tokens makes up for.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +19,8 @@ from torch.nn import functional
 
 from inference.int4 import Int4Codes
 from inference.linear import DenseLinear, Int8Linear, Linear, tensor_bytes
+from inference.native.build import library
+from inference.native.structures import LINEAR, POINTER
 
 # The order of product.hpp's Kind.
 FLOAT32, FLOAT16, INT8_WEIGHT, INT8, INT4, INT4_MIDDLE = range(6)
@@ -21,6 +28,7 @@ BLOCK = 32  # inputs of a 4-bit layer that share a scale
 _MIDDLE = 8
 _SCALES_AT_ONCE = 8
 _CHUNK_WEIGHTS = 1 << 20
+FEW_TOKENS = 16  # more are quicker in torch's products
 
 
 class NativeLinear:
@@ -55,7 +63,28 @@ class NativeLinear:
         self.bias = None if bias is None else bias.float().contiguous()
         self._rows, self._many = rows, many
 
+    @cached_property
+    def described(self) -> Any:
+        """product.hpp's ``Linear``; this object must outlive it."""
+        tensors = (self.weight, self.scales, self.minima, self.bias, self.order)
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return LINEAR(self.kind, self.out_features, self.in_features, self.group, *addresses, self.input_scale)
+
+    def few(self, x: Tensor) -> Tensor:
+        """The product in C++: float32 ``[tokens, in_features]`` to ``[tokens, out_features]``."""
+        x, out = x.contiguous(), torch.empty(len(x), self.out_features)
+        addresses = (
+            POINTER(x.data_ptr()),
+            ctypes.c_int64(len(x)),
+            POINTER(out.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        library().multiply(ctypes.byref(self.described), *addresses)
+        return out
+
     def __call__(self, x: Tensor) -> Tensor:
+        if len(x) <= FEW_TOKENS:
+            return self.few(x)
         if self._many is not None:
             return self._many(x)
         if self.order is not None:
@@ -113,7 +142,7 @@ def _padded(scales: Tensor) -> Tensor:
 def int4(codes: Int4Codes, bias: Tensor | None) -> NativeLinear:
     """A 4-bit layer, two codes a byte in GGUF's order: 16 bytes hold codes 0 to 15 of a block, and above them 16 to 31.
 
-    For one token, inputs are rounded to 8 bits by blocks of 32, as llama.cpp does; for more they are left alone.
+    For few tokens, inputs are rounded to 8 bits by blocks of 32, as llama.cpp does; for more they are left alone.
     """
     blocks = codes.codes.view(len(codes.codes), -1, 2, BLOCK // 2)
     packed = (blocks[:, :, 0] | blocks[:, :, 1] << 4).contiguous()

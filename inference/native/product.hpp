@@ -1,4 +1,4 @@
-// Linear layers on one token: a row of the weight, as it is stored, times the input in the form that it asks for.
+// Linear layers on a few tokens: a row of the weight, as it is stored and read once, times the inputs in the form that it asks for.
 #pragma once
 
 #include <algorithm>
@@ -50,51 +50,76 @@ inline Range share(int64_t total, int64_t thread, int64_t threads, int64_t unit 
 
 #ifdef X86_VECTORS
 
-inline int32_t dot(const int8_t *w, const int16_t *x, int64_t n) {
-    __m256i one = _mm256_setzero_si256(), two = one;
-    auto products = [&](int64_t i) {
-        __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i)));
-        return _mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i *)(x + i)));
+inline int32_t total(__m256i v) {
+    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1)));
+}
+
+template <int TOKENS>
+void dots(const int8_t *w, const int16_t *const *x, int64_t n, int32_t *out) {
+    __m256i one[TOKENS] = {}, two[TOKENS] = {};
+    auto wide = [&](int64_t i) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i))); };
+    auto product = [](__m256i codes, const int16_t *x) {
+        return _mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i *)x));
     };
     int64_t i = 0;
     for (; i + 32 <= n; i += 32) {
         __builtin_prefetch(w + i + AHEAD);
-        one = _mm256_add_epi32(one, products(i));
-        two = _mm256_add_epi32(two, products(i + 16));
+        __m256i first = wide(i), second = wide(i + 16);
+        for (int t = 0; t < TOKENS; t++) {
+            one[t] = _mm256_add_epi32(one[t], product(first, x[t] + i));
+            two[t] = _mm256_add_epi32(two[t], product(second, x[t] + i + 16));
+        }
     }
-    one = _mm256_add_epi32(one, two);
-    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(one), _mm256_extracti128_si256(one, 1));
-    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4e));
-    int32_t sum = _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xb1)));
-    for (; i < n; i++) sum += int32_t(w[i]) * x[i];
-    return sum;
+    for (int t = 0; t < TOKENS; t++) {
+        out[t] = total(_mm256_add_epi32(one[t], two[t]));
+        for (int64_t rest = i; rest < n; rest++) out[t] += int32_t(w[rest]) * x[t][rest];
+    }
 }
 
-// 32 codes of 4 bits, first halves of 16 bytes and then second halves, times 32 of 8: eight sums of four.
-inline Eight codes_product(const uint8_t *codes, const int8_t *x) {
-    __m128i bytes = _mm_loadu_si128((const __m128i *)codes);
-    __m256i both = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
-    __m256i pairs = _mm256_maddubs_epi16(both, _mm256_loadu_si256((const __m256i *)x));  // 2 * 15 * 128 at most
-    return (Eight)_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
+// A block's 32 codes of 4 bits, of which 16 bytes hold the first half below the second.
+struct Codes {
+    __m256i codes;
+
+    explicit Codes(const uint8_t *packed) {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)packed);
+        codes = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+    }
+
+    // Times 32 inputs of 8 bits: eight sums of four.
+    Eight times(const int8_t *x) const {
+        __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_loadu_si256((const __m256i *)x));  // 2 * 15 * 128 at most
+        return (Eight)_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+};
 
 #else
 
-inline int32_t dot(const int8_t *w, const int16_t *x, int64_t n) {
-    int32_t sum = 0;
+template <int TOKENS>
+void dots(const int8_t *w, const int16_t *const *x, int64_t n, int32_t *out) {
+    for (int t = 0; t < TOKENS; t++) {
+        int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += int32_t(w[i]) * int32_t(x[i]);
-    return sum;
+        for (int64_t i = 0; i < n; i++) sum += int32_t(w[i]) * int32_t(x[t][i]);
+        out[t] = sum;
+    }
 }
 
-inline Eight codes_product(const uint8_t *codes, const int8_t *x) {
-    Eight sums{};
-    for (int64_t i = 0; i < BLOCK / 2; i++) {
-        sums[i / 4] += float((codes[i] & 15) * x[i]);
-        sums[i / 4 + 4] += float((codes[i] >> 4) * x[i + BLOCK / 2]);
+struct Codes {
+    const uint8_t *packed;
+
+    explicit Codes(const uint8_t *packed) : packed(packed) {}
+
+    Eight times(const int8_t *x) const {
+        Eight sums{};
+        for (int64_t i = 0; i < BLOCK / 2; i++) {
+            sums[i / 4] += float((packed[i] & 15) * x[i]);
+            sums[i / 4 + 4] += float((packed[i] >> 4) * x[i + BLOCK / 2]);
+        }
+        return sums;
     }
-    return sums;
-}
+};
 
 #endif
 
@@ -102,13 +127,13 @@ inline Eight codes_product(const uint8_t *codes, const int8_t *x) {
 struct Input {
     int64_t groups = 0, each = 0;  // of a row; blocks of a group
     const float *x = nullptr;
-    std::vector<float> ordered, block_scales, block_shifts, group_sums, steps;
+    std::vector<float> ordered, block_scales, block_shifts, group_sums;
     std::vector<int16_t> wide_codes;
     std::vector<int8_t> codes;
     float scale = 0;
 
     explicit Input(int64_t columns) : ordered(columns), wide_codes(columns), codes(columns) {
-        for (auto *each_block : {&block_scales, &block_shifts, &group_sums, &steps}) each_block->resize(columns / BLOCK + WIDTH);
+        for (auto *each_block : {&block_scales, &block_shifts, &group_sums}) each_block->resize(columns / BLOCK + WIDTH);
     }
 
     void prepare(const Linear &layer, const float *given) {
@@ -159,73 +184,104 @@ struct Input {
     }
 };
 
-// The scale of each block of a row times the input's, and the sum of these times what MIDDLE adds to the block's product.
+constexpr int64_t STRIPE = 64;  // blocks of a row whose scales are ready at a time
+
+// The scales of blocks first .. last - 1 of a row times the input's, and the sum of these times what MIDDLE adds to the products.
 template <class Number>
-Eight row_steps(const Number *scales, Input &input) {
+Eight stripe_steps(const Number *scales, const Input &input, int64_t first, int64_t last, float *steps) {
     const float *blocks = input.block_scales.data(), *shifts = input.block_shifts.data();
-    float *steps = input.steps.data();
     Eight shift{};
     if (input.each == 1) {
         // The last eight may read the next row's scales, for blocks whose own scale is 0.
-        for (int64_t group = 0; group < input.groups; group += WIDTH) {
-            Eight some = load(scales + group) * load(blocks + group);
-            shift += some * load(shifts + group);
-            store(steps + group, some);
+        for (int64_t block = first; block < last; block += WIDTH) {
+            Eight some = load(scales + block) * load(blocks + block);
+            shift += some * load(shifts + block);
+            store(steps + block - first, some);
         }
         return shift;
     }
-    for (int64_t group = 0, block = 0; group < input.groups; group++)
-        for (int64_t last = block + input.each; block < last; block++) {
-            steps[block] = float(scales[group]) * blocks[block];
-            shift[0] += steps[block] * shifts[block];
-        }
+    int64_t group = first / input.each, left = input.each - first % input.each;
+    for (int64_t block = first; block < last; block++) {
+        steps[block - first] = float(scales[group]) * blocks[block];
+        shift[0] += steps[block - first] * shifts[block];
+        if (--left == 0) group++, left = input.each;
+    }
     return shift;
 }
 
-inline float int4_row(const Linear &layer, Input &input, int64_t row) {
-    int64_t blocks = input.groups * input.each;
-    const uint8_t *codes = (const uint8_t *)layer.weight + row * blocks * (BLOCK / 2);
-    const int8_t *x = input.codes.data();
-    const float *steps = input.steps.data();
-    Eight one{}, two{};
-    if (layer.kind == INT4_MIDDLE)
-        two = row_steps((const half *)layer.scales + row * input.groups, input);
-    else
-        row_steps((const float *)layer.scales + row * input.groups, input);
-    auto product = [&](int64_t block) { return codes_product(codes + block * (BLOCK / 2), x + block * BLOCK) * steps[block]; };
-    int64_t block = 0;
-    for (; block + 2 <= blocks; block += 2) {
-        __builtin_prefetch(codes + block * (BLOCK / 2) + AHEAD);
-        one += product(block);
-        two += product(block + 1);
+// A row times TOKENS inputs.
+template <int TOKENS>
+void int4_row(const Linear &layer, const Input *inputs, int64_t row, float *out) {
+    int64_t groups = inputs[0].groups, blocks = layer.columns / BLOCK;
+    const uint8_t *packed = (const uint8_t *)layer.weight + row * blocks * (BLOCK / 2);
+    const half *halves = (const half *)layer.scales + row * groups;
+    const float *floats = (const float *)layer.scales + row * groups;
+    Eight one[TOKENS] = {}, two[TOKENS] = {};
+    float steps[TOKENS][STRIPE + WIDTH];
+    for (int64_t first = 0; first < blocks; first += STRIPE) {
+        int64_t last = std::min(blocks, first + STRIPE), block = first;
+        for (int t = 0; t < TOKENS; t++)
+            if (layer.kind == INT4_MIDDLE)
+                two[t] += stripe_steps(halves, inputs[t], first, last, steps[t]);
+            else
+                stripe_steps(floats, inputs[t], first, last, steps[t]);
+        auto add = [&](int64_t block, Eight *sums) {
+            Codes codes(packed + block * (BLOCK / 2));
+            for (int t = 0; t < TOKENS; t++)
+                sums[t] += codes.times(inputs[t].codes.data() + block * BLOCK) * steps[t][block - first];
+        };
+        for (; block + 2 <= last; block += 2) {
+            __builtin_prefetch(packed + block * (BLOCK / 2) + AHEAD);
+            add(block, one);
+            add(block + 1, two);
+        }
+        if (block < last) add(block, one);
     }
-    if (block < blocks) one += product(block);
-    float sum = total(one + two);
-    return layer.minima ? sum + dot(layer.minima + row * input.groups, input.group_sums.data(), input.groups) : sum;
+    for (int t = 0; t < TOKENS; t++) {
+        out[t] = total(one[t] + two[t]);
+        if (layer.minima) out[t] += dot(layer.minima + row * groups, inputs[t].group_sums.data(), groups);
+    }
 }
 
-template <class Number>
-float int8_row(const Linear &layer, const Input &input, const Number *x, int64_t row) {
+// The same; Sum is what a group's products add up in.
+template <int TOKENS, class Sum, class Number>
+void int8_row(const Linear &layer, const Number *const *x, int64_t groups, int64_t row, float *out) {
     const int8_t *codes = (const int8_t *)layer.weight + row * layer.columns;
-    const float *scales = (const float *)layer.scales + row * input.groups;
-    float sum = 0;
-    for (int64_t group = 0, at = 0; group < input.groups; group++, at += layer.group)
-        sum += scales[group] * float(dot(codes + at, x + at, layer.group));
-    return sum;
-}
-
-inline float row_product(const Linear &layer, Input &input, int64_t row) {
-    int64_t n = layer.columns;
-    switch (layer.kind) {
-        case FLOAT32: return dot((const float *)layer.weight + row * n, input.x, n);
-        case FLOAT16: return dot((const half *)layer.weight + row * n, input.x, n);
-        case INT8: return int8_row(layer, input, input.wide_codes.data(), row) * input.scale;
-        case INT8_WEIGHT: return int8_row(layer, input, input.x, row);
-        default: return int4_row(layer, input, row);
+    const float *scales = (const float *)layer.scales + row * groups;
+    std::fill(out, out + TOKENS, 0.0f);
+    for (int64_t group = 0, at = 0; group < groups; group++, at += layer.group) {
+        const Number *from[TOKENS];
+        Sum sums[TOKENS];
+        for (int t = 0; t < TOKENS; t++) from[t] = x[t] + at;
+        dots<TOKENS>(codes + at, from, layer.group, sums);
+        for (int t = 0; t < TOKENS; t++) out[t] += scales[group] * float(sums[t]);
     }
 }
 
-// Rows `range` of layers side by side; take(row, value) gets each.
+template <int TOKENS>
+void row_products(const Linear &layer, const Input *inputs, int64_t row, float *out) {
+    int64_t n = layer.columns;
+    const float *x[TOKENS];
+    const int16_t *codes[TOKENS];
+    for (int t = 0; t < TOKENS; t++) {
+        x[t] = inputs[t].x;
+        codes[t] = inputs[t].wide_codes.data();
+    }
+    switch (layer.kind) {
+        case FLOAT32: dots<TOKENS>((const float *)layer.weight + row * n, x, n, out); break;
+        case FLOAT16: dots<TOKENS>((const half *)layer.weight + row * n, x, n, out); break;
+        case INT8_WEIGHT: int8_row<TOKENS, float>(layer, x, inputs[0].groups, row, out); break;
+        case INT8:
+            int8_row<TOKENS, int32_t>(layer, codes, inputs[0].groups, row, out);
+            for (int t = 0; t < TOKENS; t++) out[t] *= inputs[t].scale;
+            break;
+        default: int4_row<TOKENS>(layer, inputs, row, out);
+    }
+    if (layer.bias)
+        for (int t = 0; t < TOKENS; t++) out[t] += layer.bias[row];
+}
+
+// Rows `range` of layers side by side for one token; take(row, value) gets each.
 template <class Take>
 void rows(const Layers &layers, Input &input, const float *x, Range range, Take take) {
     int64_t at = 0;
@@ -234,8 +290,11 @@ void rows(const Layers &layers, Input &input, const float *x, Range range, Take 
         int64_t from = std::max(range.from, at), to = std::min(range.to, at + layer.rows);
         if (from < to) {
             input.prepare(layer, x);
-            for (int64_t row = from; row < to; row++)
-                take(row, row_product(layer, input, row - at) + (layer.bias ? layer.bias[row - at] : 0.0f));
+            for (int64_t row = from; row < to; row++) {
+                float value;
+                row_products<1>(layer, &input, row - at, &value);
+                take(row, value);
+            }
         }
         at += layer.rows;
     }

@@ -134,8 +134,24 @@ extern "C" void decode_step(const Model *model, const float *cosine, const float
     Worker(*model, omp_get_thread_num(), omp_get_num_threads()).step(cosine, sine, position, logits);
 }
 
-// One layer on one token, with one thread: what the tests look at. `out` has layer->rows elements.
-extern "C" void multiply(const Linear *layer, const float *x, float *out) {
-    Input input(layer->columns);
-    rows({1, layer}, input, x, {0, layer->rows}, [&](int64_t row, float value) { out[row] = value; });
+// One layer on a few tokens: x [tokens][columns], out [tokens][rows]. A token's numbers do not depend on those beside it.
+extern "C" void multiply(const Linear *layer, const float *x, int64_t tokens, float *out, int64_t threads) {
+    std::vector<Input> inputs(tokens, Input(layer->columns));
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+        for (int64_t token = thread; token < tokens; token += count) inputs[token].prepare(*layer, x + token * layer->columns);
+#pragma omp barrier
+        Range range = share(layer->rows, thread, count, 8);
+        for (int64_t row = range.from; row < range.to; row++)
+            for (int64_t token = 0; token < tokens;) {
+                const Input *from = &inputs[token];
+                int64_t left = tokens - token, some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                float values[4];
+                if (some == 4) row_products<4>(*layer, from, row, values);
+                if (some == 2) row_products<2>(*layer, from, row, values);
+                if (some == 1) row_products<1>(*layer, from, row, values);
+                for (int64_t t = 0; t < some; t++, token++) out[token * layer->rows + row] = values[t];
+            }
+    }
 }

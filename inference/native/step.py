@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,63 +16,29 @@ from inference.linear import Linear, SideBySide
 from inference.model import Model
 from inference.native.build import library
 from inference.native.linear import NativeLinear
+from inference.native.structures import LINEAR, POINTER, integers, pointers, structure
 from inference.norm import RMSNorm
 from quantize.errors import InputError
 
 _CACHE_DTYPES = (torch.float32, torch.float16)
-_Pointer = ctypes.c_void_p
-
-
-def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-def _integers(*names: str) -> dict[str, Any]:
-    return dict.fromkeys(names, ctypes.c_int64)
-
-
-def _pointers(*names: str) -> dict[str, Any]:
-    return dict.fromkeys(names, _Pointer)
-
 
 # Field by field as in step.cpp.
-_Linear = _structure(
-    "_Linear",
-    **_integers("kind", "rows", "columns", "group"),
-    **_pointers("weight", "scales", "minima", "bias", "order"),
-    input_scale=ctypes.c_double,
-)
-_Layers = _structure("_Layers", count=ctypes.c_int64, parts=_Pointer)
-_Block = _structure(
+_Layers = structure("_Layers", count=ctypes.c_int64, parts=POINTER)
+_Block = structure(
     "_Block",
-    **_pointers("input_norm", "head_norms", "post_norm"),
+    **pointers("input_norm", "head_norms", "post_norm"),
     **dict.fromkeys(("qkv", "o", "gate_up", "down"), _Layers),
-    **_pointers("keys", "values"),
+    **pointers("keys", "values"),
 )
-_Model = _structure(
+_Model = structure(
     "_Model",
-    **_integers("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "max_tokens", "half_cache", "threads"),
+    **integers("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "max_tokens", "half_cache", "threads"),
     eps=ctypes.c_double,
     head_eps=ctypes.c_double,
-    **_pointers("blocks", "norm"),
+    **pointers("blocks", "norm"),
     head=_Layers,
-    **_pointers("stream", "wide", "partial"),
+    **pointers("stream", "wide", "partial"),
 )
-
-
-def describe(layer: NativeLinear, address: Callable[[Tensor], int]) -> Any:
-    """product.hpp's ``Linear``; ``address`` gives a tensor's, which must outlive it."""
-    tensors = (layer.weight, layer.scales, layer.minima, layer.bias, layer.order)
-    addresses = (None if tensor is None else address(tensor) for tensor in tensors)
-    return _Linear(layer.kind, layer.out_features, layer.in_features, layer.group, *addresses, layer.input_scale)
-
-
-def multiply(layer: NativeLinear, x: Tensor) -> Tensor:
-    """The native product alone: float32 ``[in_features]`` to ``[out_features]``."""
-    out, x = torch.empty(layer.out_features), x.float().contiguous()
-    described = describe(layer, lambda tensor: tensor.data_ptr())
-    library().multiply(ctypes.byref(described), _Pointer(x.data_ptr()), _Pointer(out.data_ptr()))
-    return out
 
 
 class NativeStep:
@@ -134,10 +99,10 @@ class NativeStep:
         position = ctypes.c_int64(self._cache.lengths[0])
         self._step(
             ctypes.byref(self._described),
-            _Pointer(cosine.data_ptr()),
-            _Pointer(sine.data_ptr()),
+            POINTER(cosine.data_ptr()),
+            POINTER(sine.data_ptr()),
             position,
-            _Pointer(logits.data_ptr()),
+            POINTER(logits.data_ptr()),
         )
         context.advance()
         return logits
@@ -158,14 +123,15 @@ class NativeStep:
 
     def _layers(self, layer: Linear) -> Any:
         parts = layer.layers if isinstance(layer, SideBySide) else [layer]
-        described = (_Linear * len(parts))(*(self._linear(part) for part in parts))
+        described = (LINEAR * len(parts))(*(self._linear(part) for part in parts))
         self._kept.append(described)
         return _Layers(len(parts), ctypes.addressof(described))
 
     def _linear(self, layer: Linear) -> Any:
         if not isinstance(layer, NativeLinear):
             raise InputError(f"a {type(layer).__name__} has no native product; load the model with native=True")
-        return describe(layer, self._address)
+        self._kept.append(layer)
+        return layer.described
 
     def _address(self, tensor: Tensor) -> int:
         assert tensor.is_contiguous()
@@ -189,6 +155,6 @@ class NativeEngine(Engine):
         return self._step(token)
 
 
-def engine_of(model: Model, max_tokens: int) -> Engine:
+def engine_of(model: Model, max_tokens: int, cache_dtype: torch.dtype | None = None) -> Engine:
     """The engine that ``model`` was loaded for: :class:`NativeEngine` where that was with ``native=True``."""
-    return (NativeEngine if isinstance(model.head, NativeLinear) else Engine)(model, max_tokens)
+    return (NativeEngine if isinstance(model.head, NativeLinear) else Engine)(model, max_tokens, cache_dtype)

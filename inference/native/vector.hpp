@@ -56,18 +56,28 @@ inline float total(Eight v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + 
 
 #endif
 
-// The sum of w[i] * x[i].
-template <class Number>
-float dot(const Number *w, const float *x, int64_t n) {
-    Eight one{}, two{};
+// The sums of w[i] * x[t][i] for TOKENS vectors x, each made in the same order whatever TOKENS is.
+template <int TOKENS, class Number>
+void dots(const Number *w, const float *const *x, int64_t n, float *out) {
+    Eight one[TOKENS] = {}, two[TOKENS] = {};
     int64_t i = 0;
     for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
         __builtin_prefetch((const char *)(w + i) + AHEAD);
-        one += load(w + i) * load(x + i);
-        two += load(w + i + WIDTH) * load(x + i + WIDTH);
+        Eight first = load(w + i), second = load(w + i + WIDTH);
+        for (int t = 0; t < TOKENS; t++) {
+            one[t] += first * load(x[t] + i);
+            two[t] += second * load(x[t] + i + WIDTH);
+        }
     }
-    float sum = total(one + two);
-    for (; i < n; i++) sum += float(w[i]) * x[i];
+    for (int t = 0; t < TOKENS; t++) {
+        out[t] = total(one[t] + two[t]);
+        for (int64_t rest = i; rest < n; rest++) out[t] += float(w[rest]) * x[t][rest];
+    }
+}
+
+inline float dot(const float *w, const float *x, int64_t n) {
+    float sum;
+    dots<1>(w, &x, n, &sum);
     return sum;
 }
 

@@ -15,7 +15,7 @@ from inference.attention_naive import NaiveAttention, naive_elements
 from inference.attention_tiled import TiledAttention, tiled_elements
 from inference.engine import Engine
 from inference.kv_cache import KVCache
-from inference.kv_int8 import Int8KVCache, quantize_heads
+from inference.kv_int8 import Int8KVCache, hadamard, quantize_heads
 from inference.load import load
 from quantize.errors import InputError
 
@@ -95,6 +95,19 @@ def test_codes_and_scales_give_heads_back(rows: int, head_dim: int, magnitude: i
     # Half a step, and what float16 rounds off the scale where it cuts the largest value: 127 times half its last place.
     step = scales.float()[:, None]
     assert bool(((back - x).abs() <= 0.5 * step + 127 * torch.maximum(step * 2**-11, torch.tensor(2.0**-25))).all())
+
+
+@given(st.integers(1, 130), st.integers(0, 999))
+def test_spreading_keeps_products_and_shrinks_the_largest_channel(head_dim: int, seed: int) -> None:
+    matrix = hadamard(head_dim)
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(2, head_dim, generator=generator)
+    reach = float(query.norm() * key.norm())
+    torch.testing.assert_close((query @ matrix) @ (key @ matrix), query @ key, atol=1e-5 * reach, rtol=0)
+    block = 1 << ((head_dim & -head_dim).bit_length() - 1)
+    alone = torch.zeros(head_dim)
+    alone[seed % head_dim] = 100.0
+    assert float((alone @ matrix).abs().max()) == pytest.approx(100 / block**0.5)
 
 
 def test_an_int8_cache_is_half_a_float16_one_and_close(tiny_llama: Path) -> None:

@@ -25,8 +25,8 @@ from inference.kv_cache import KVCache
 from inference.linear import quantize_rows
 from inference.load import LoadOptions, load
 from inference.native import build, linear
-from inference.native.linear import NativeLinear
-from inference.native.step import NativeEngine, NativeStep, multiply
+from inference.native.linear import FEW_TOKENS, NativeLinear
+from inference.native.step import NativeEngine, NativeStep
 from quantize.errors import InputError
 from quantize.grids import Grid, QuantizedTensor, quantize_nearest
 
@@ -191,7 +191,10 @@ def test_products_are_those_of_the_weight(
         seen = rounded_by_block(inputs)
         weight = tensor.dequantize() if codes.order is None else tensor.dequantize()[:, codes.order]
         torch.testing.assert_close(
-            layer(x[None])[0], functional.linear(inputs, weight, bias), atol=1e-4 * 10.0**magnitude, rtol=1e-4
+            layer(x.expand(FEW_TOKENS + 1, -1))[0],
+            functional.linear(inputs, weight, bias),
+            atol=1e-4 * 10.0**magnitude,
+            rtol=1e-4,
         )
     elif kind == "int8":
         rounded, scale = quantize_rows(x[None])
@@ -201,17 +204,23 @@ def test_products_are_those_of_the_weight(
         seen = x
         weight = layer(torch.eye(columns)).t() - (0 if bias is None else bias[:, None])
     reach = float((seen.abs() @ weight.abs().t()).max())
-    torch.testing.assert_close(multiply(layer, x), functional.linear(seen, weight, bias), atol=1e-5 * reach + 1e-6, rtol=1e-5)
+    found = layer.few(x[None])[0]
+    torch.testing.assert_close(found, functional.linear(seen, weight, bias), atol=1e-5 * reach + 1e-6, rtol=1e-5)
+    # Beside others, a token is multiplied as it is alone.
+    beside = torch.randn(seed % FEW_TOKENS + 1, columns, generator=generator)
+    at = seed % len(beside)
+    beside[at] = x
+    assert torch.equal(layer(beside)[at], found)
 
 
 def test_rows_of_zeros_and_extreme_codes() -> None:
     codes = torch.tensor([[-128, 127] * 32, [127] * 64, [-128] * 64], dtype=torch.int8)
     layer = linear.int8(codes, torch.ones(3, 1), None)
-    assert multiply(layer, torch.zeros(64)).tolist() == [0.0, 0.0, 0.0]
+    assert layer.few(torch.zeros(1, 64)).tolist() == [[0.0, 0.0, 0.0]]
     x = torch.tensor([-1.0, 1.0] * 32)
     rounded, scale = quantize_rows(x[None])
     wanted = (rounded.double() @ codes.double().t() * scale.double())[0].float()
-    torch.testing.assert_close(multiply(layer, x), wanted, atol=0, rtol=1e-6)
+    torch.testing.assert_close(layer.few(x[None])[0], wanted, atol=0, rtol=1e-6)
 
 
 def test_four_bit_artifacts(tmp_path: Path, tiny_llama: Path) -> None:
