@@ -10,6 +10,8 @@ from torch import Tensor
 from inference.attention import Attention, attend, attend_each
 from inference.config import ModelConfig
 from inference.context import spans
+from inference.native.attention import CACHE_DTYPES as NATIVE_DTYPES
+from inference.native.attention import attend_slots
 from quantize.errors import InputError
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,8 +50,12 @@ class KVCache:
         device: torch.device | None = None,
         slots: int = 1,
         attention: Attention = attend,
+        native: bool = False,
     ) -> None:
         """Allocate room for ``max_tokens`` tokens in each of ``slots`` slots.
+
+        ``native`` has several sequences with a token each attend in C++ (on the CPU, float32 or float16, with the default
+        attention only; elsewhere it changes nothing).
 
         Raises:
             InputError: more tokens than the model's positions, no slot, or a type that is not float32, float16 or bfloat16.
@@ -62,6 +68,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * slots
         self.attention = attention
+        self.native = native and dtype in NATIVE_DTYPES and self.keys.device.type == "cpu"
 
     @property
     def max_tokens(self) -> int:
@@ -148,6 +155,8 @@ class SlotContext(SlotPositions):
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        if self._each and self._cache.native:
+            return attend_slots(queries, keys, values, self._slot_index, self.positions + 1)
         if self._each:
             longest = max(self._ends)
             seen = keys[self._rows, :, :longest], values[self._rows, :, :longest]

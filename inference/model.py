@@ -15,6 +15,7 @@ from torch.nn import functional
 from inference.config import ModelConfig
 from inference.context import Context
 from inference.linear import Linear, tensor_bytes
+from inference.native.linear import NativeLinear
 from inference.norm import RMSNorm
 from inference.rope import Rope, rotate
 
@@ -62,6 +63,11 @@ class Model:
         self.norm = norm
         self.head = head
         self.rope = Rope(config.rope, config.head_dim, config.max_tokens, dtype, embedding.device)
+
+    @property
+    def native(self) -> bool:
+        """Whether it was loaded with ``native=True``: layers in C++."""
+        return isinstance(self.head, NativeLinear)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from inference.kv_cache import KVCache
 from inference.model import Model
-from inference.native.linear import NativeLinear
 from inference.native.step import NativeStep
 from inference.sampling import Sampler, Sampling
 from quantize.errors import InputError
@@ -69,7 +68,7 @@ class DraftModel:
         """``max_tokens`` of its cache, the model's context by default; one loaded with ``native=True`` guesses natively."""
         self.model = model
         self._cache = KVCache(model.config, max_tokens or model.config.max_tokens, model.dtype, model.device)
-        self._step = NativeStep(model, self._cache) if isinstance(model.head, NativeLinear) else None
+        self._step = NativeStep(model, self._cache) if model.native else None
         self._held: list[int] = []
 
     @torch.inference_mode()

@@ -73,7 +73,7 @@ class StaticBatching:
         prompts = [list(work.request.prompt) for work in works]
         longest = max(map(len, prompts))
         room = longest + max(work.request.max_new_tokens for work in works) - 1
-        cache = KVCache(self._model.config, room, self._dtype, self._model.device, len(works))
+        cache = KVCache(self._model.config, room, self._dtype, self._model.device, len(works), native=self._model.native)
         # Padding behind a prompt is seen by no token of it, so forgetting it afterwards is all the masking that is needed.
         padded = [token for prompt in prompts for token in prompt + [0] * (longest - len(prompt))]
         last = [index * longest + len(prompt) - 1 for index, prompt in enumerate(prompts)]

@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL:
         with atomic_path(file) as made:
             _compile([*command, "-o", str(made), str(SOURCE)])
     loaded = ctypes.CDLL(str(file))
-    loaded.decode_step.restype = loaded.multiply.restype = None
+    loaded.decode_step.restype = loaded.multiply.restype = loaded.attend_each.restype = None
     return loaded
 
 

@@ -57,15 +57,16 @@ inline int32_t total(__m256i v) {
 }
 
 template <int TOKENS>
-void dots(const int8_t *w, const int16_t *const *x, int64_t n, int32_t *out) {
+void dots(const int8_t *w, const int16_t *const *x, int64_t n, int32_t *out, Fetch fetch) {
     __m256i one[TOKENS] = {}, two[TOKENS] = {};
     auto wide = [&](int64_t i) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + i))); };
     auto product = [](__m256i codes, const int16_t *x) {
         return _mm256_madd_epi16(codes, _mm256_loadu_si256((const __m256i *)x));
     };
-    int64_t i = 0;
-    for (; i + 32 <= n; i += 32) {
-        __builtin_prefetch(w + i + AHEAD);
+    int64_t i = 0, step = fetch.step(32);
+    const char *next = fetch.from(w, n);
+    for (; i + 32 <= n; i += 32, next += step) {
+        __builtin_prefetch(next);
         __m256i first = wide(i), second = wide(i + 16);
         for (int t = 0; t < TOKENS; t++) {
             one[t] = _mm256_add_epi32(one[t], product(first, x[t] + i));
@@ -97,7 +98,7 @@ struct Codes {
 #else
 
 template <int TOKENS>
-void dots(const int8_t *w, const int16_t *const *x, int64_t n, int32_t *out) {
+void dots(const int8_t *w, const int16_t *const *x, int64_t n, int32_t *out, Fetch) {
     for (int t = 0; t < TOKENS; t++) {
         int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -211,13 +212,14 @@ Eight stripe_steps(const Number *scales, const Input &input, int64_t first, int6
 
 // A row times TOKENS inputs.
 template <int TOKENS>
-void int4_row(const Linear &layer, const Input *inputs, int64_t row, float *out) {
+void int4_row(const Linear &layer, const Input *inputs, int64_t row, float *out, Fetch fetch) {
     int64_t groups = inputs[0].groups, blocks = layer.columns / BLOCK;
     const uint8_t *packed = (const uint8_t *)layer.weight + row * blocks * (BLOCK / 2);
     const half *halves = (const half *)layer.scales + row * groups;
     const float *floats = (const float *)layer.scales + row * groups;
     Eight one[TOKENS] = {}, two[TOKENS] = {};
     float steps[TOKENS][STRIPE + WIDTH];
+    const char *next = fetch.from(packed, blocks * (BLOCK / 2));
     for (int64_t first = 0; first < blocks; first += STRIPE) {
         int64_t last = std::min(blocks, first + STRIPE), block = first;
         for (int t = 0; t < TOKENS; t++)
@@ -230,8 +232,8 @@ void int4_row(const Linear &layer, const Input *inputs, int64_t row, float *out)
             for (int t = 0; t < TOKENS; t++)
                 sums[t] += codes.times(inputs[t].codes.data() + block * BLOCK) * steps[t][block - first];
         };
-        for (; block + 2 <= last; block += 2) {
-            __builtin_prefetch(packed + block * (BLOCK / 2) + AHEAD);
+        for (; block + 2 <= last; block += 2, next += fetch.step(BLOCK)) {
+            __builtin_prefetch(next);
             add(block, one);
             add(block + 1, two);
         }
@@ -245,7 +247,7 @@ void int4_row(const Linear &layer, const Input *inputs, int64_t row, float *out)
 
 // The same; Sum is what a group's products add up in.
 template <int TOKENS, class Sum, class Number>
-void int8_row(const Linear &layer, const Number *const *x, int64_t groups, int64_t row, float *out) {
+void int8_row(const Linear &layer, const Number *const *x, int64_t groups, int64_t row, float *out, Fetch fetch) {
     const int8_t *codes = (const int8_t *)layer.weight + row * layer.columns;
     const float *scales = (const float *)layer.scales + row * groups;
     std::fill(out, out + TOKENS, 0.0f);
@@ -253,13 +255,13 @@ void int8_row(const Linear &layer, const Number *const *x, int64_t groups, int64
         const Number *from[TOKENS];
         Sum sums[TOKENS];
         for (int t = 0; t < TOKENS; t++) from[t] = x[t] + at;
-        dots<TOKENS>(codes + at, from, layer.group, sums);
+        dots<TOKENS>(codes + at, from, layer.group, sums, fetch);
         for (int t = 0; t < TOKENS; t++) out[t] += scales[group] * float(sums[t]);
     }
 }
 
 template <int TOKENS>
-void row_products(const Linear &layer, const Input *inputs, int64_t row, float *out) {
+void row_products(const Linear &layer, const Input *inputs, int64_t row, float *out, Fetch fetch = {}) {
     int64_t n = layer.columns;
     const float *x[TOKENS];
     const int16_t *codes[TOKENS];
@@ -268,14 +270,14 @@ void row_products(const Linear &layer, const Input *inputs, int64_t row, float *
         codes[t] = inputs[t].wide_codes.data();
     }
     switch (layer.kind) {
-        case FLOAT32: dots<TOKENS>((const float *)layer.weight + row * n, x, n, out); break;
-        case FLOAT16: dots<TOKENS>((const half *)layer.weight + row * n, x, n, out); break;
-        case INT8_WEIGHT: int8_row<TOKENS, float>(layer, x, inputs[0].groups, row, out); break;
+        case FLOAT32: dots<TOKENS>((const float *)layer.weight + row * n, x, n, out, fetch); break;
+        case FLOAT16: dots<TOKENS>((const half *)layer.weight + row * n, x, n, out, fetch); break;
+        case INT8_WEIGHT: int8_row<TOKENS, float>(layer, x, inputs[0].groups, row, out, fetch); break;
         case INT8:
-            int8_row<TOKENS, int32_t>(layer, codes, inputs[0].groups, row, out);
+            int8_row<TOKENS, int32_t>(layer, codes, inputs[0].groups, row, out, fetch);
             for (int t = 0; t < TOKENS; t++) out[t] *= inputs[t].scale;
             break;
-        default: int4_row<TOKENS>(layer, inputs, row, out);
+        default: int4_row<TOKENS>(layer, inputs, row, out, fetch);
     }
     if (layer.bias)
         for (int t = 0; t < TOKENS; t++) out[t] += layer.bias[row];

@@ -143,15 +143,44 @@ extern "C" void multiply(const Linear *layer, const float *x, int64_t tokens, fl
         for (int64_t token = thread; token < tokens; token += count) inputs[token].prepare(*layer, x + token * layer->columns);
 #pragma omp barrier
         Range range = share(layer->rows, thread, count, 8);
-        for (int64_t row = range.from; row < range.to; row++)
-            for (int64_t token = 0; token < tokens;) {
+        for (int64_t row = range.from; row < range.to; row++) {
+            Fetch fetch{0, (tokens + 3) / 4};
+            for (int64_t token = 0; token < tokens; fetch.pass = std::min(fetch.pass + 1, fetch.passes - 1)) {
                 const Input *from = &inputs[token];
                 int64_t left = tokens - token, some = left >= 4 ? 4 : left >= 2 ? 2 : 1;
                 float values[4];
-                if (some == 4) row_products<4>(*layer, from, row, values);
-                if (some == 2) row_products<2>(*layer, from, row, values);
-                if (some == 1) row_products<1>(*layer, from, row, values);
+                if (some == 4) row_products<4>(*layer, from, row, values, fetch);
+                if (some == 2) row_products<2>(*layer, from, row, values, fetch);
+                if (some == 1) row_products<1>(*layer, from, row, values, fetch);
                 for (int64_t t = 0; t < some; t++, token++) out[token * layer->rows + row] = values[t];
             }
+        }
+    }
+}
+
+// One query of each of `count` sequences over positions 0 .. ends[i] - 1 of its slot: keys and values [slots][kv_heads][max_tokens]
+// [head_dim], queries and out [count][heads][head_dim].
+extern "C" void attend_each(const void *keys, const void *values, int64_t half_cache, int64_t max_tokens, int64_t heads,
+                            int64_t kv_heads, int64_t head_dim, const int64_t *slots, const int64_t *ends, int64_t count,
+                            const float *queries, float *out, int64_t threads) {
+    int64_t shared = heads / kv_heads, size = shared * head_dim;
+    float root = 1.0f / std::sqrt(float(head_dim));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> buffer(shared * (head_dim + 2)), scaled(size), scores;
+        Partial found(buffer.data(), 0, shared, head_dim);
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < count * kv_heads; unit++) {
+            int64_t sequence = unit / kv_heads, end = ends[sequence];
+            int64_t from = (slots[sequence] * kv_heads + unit % kv_heads) * max_tokens * head_dim;
+            for (int64_t i = 0; i < size; i++) scaled[i] = queries[unit * size + i] * root;
+            if (half_cache)
+                attend_shared(scaled.data(), shared, (const half *)keys + from, (const half *)values + from, end, head_dim, scores,
+                              found, 0);
+            else
+                attend_shared(scaled.data(), shared, (const float *)keys + from, (const float *)values + from, end, head_dim,
+                              scores, found, 0);
+            for (int64_t i = 0; i < size; i++) out[unit * size + i] = found.values[i] / found.sums[i / head_dim];
+        }
     }
 }

@@ -157,4 +157,4 @@ class NativeEngine(Engine):
 
 def engine_of(model: Model, max_tokens: int, cache_dtype: torch.dtype | None = None) -> Engine:
     """The engine that ``model`` was loaded for: :class:`NativeEngine` where that was with ``native=True``."""
-    return (NativeEngine if isinstance(model.head, NativeLinear) else Engine)(model, max_tokens, cache_dtype)
+    return (NativeEngine if model.native else Engine)(model, max_tokens, cache_dtype)

@@ -56,13 +56,24 @@ inline float total(Eight v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + 
 
 #endif
 
+// Weights are fetched while those before them are multiplied. A row that is walked over `passes` times, for some of the tokens
+// each time, spreads the fetching of what is behind it over all of them.
+struct Fetch {
+    int64_t pass = 0, passes = 1;
+
+    // Where the fetching of a row of `bytes` goes on, and how much for each of its bytes.
+    const char *from(const void *row, int64_t bytes) const { return (const char *)row + AHEAD * passes + pass * bytes / passes; }
+    int64_t step(int64_t bytes) const { return bytes / passes; }
+};
+
 // The sums of w[i] * x[t][i] for TOKENS vectors x, each made in the same order whatever TOKENS is.
 template <int TOKENS, class Number>
-void dots(const Number *w, const float *const *x, int64_t n, float *out) {
+void dots(const Number *w, const float *const *x, int64_t n, float *out, Fetch fetch = {}) {
     Eight one[TOKENS] = {}, two[TOKENS] = {};
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
-        __builtin_prefetch((const char *)(w + i) + AHEAD);
+    int64_t i = 0, step = fetch.step(2 * WIDTH * sizeof(Number));
+    const char *next = fetch.from(w, n * sizeof(Number));
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH, next += step) {
+        __builtin_prefetch(next);
         Eight first = load(w + i), second = load(w + i + WIDTH);
         for (int t = 0; t < TOKENS; t++) {
             one[t] += first * load(x[t] + i);

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
+from inference.attention import attend
 from inference.attention_naive import NaiveAttention
 from inference.bench_cases import Bench
 from inference.engine import Engine
@@ -25,8 +26,12 @@ from inference.kv_cache import KVCache
 from inference.linear import quantize_rows
 from inference.load import LoadOptions, load
 from inference.native import build, linear
+from inference.native.attention import attend_slots
 from inference.native.linear import FEW_TOKENS, NativeLinear
 from inference.native.step import NativeEngine, NativeStep
+from inference.requests import Request
+from inference.speculative import DraftModel, Speculator
+from inference.static_batching import StaticBatching
 from quantize.errors import InputError
 from quantize.grids import Grid, QuantizedTensor, quantize_nearest
 
@@ -211,6 +216,45 @@ def test_products_are_those_of_the_weight(
     at = seed % len(beside)
     beside[at] = x
     assert torch.equal(layer(beside)[at], found)
+
+
+@given(
+    st.sampled_from([torch.float32, torch.float16]),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from([4, 10, 16, 64]),
+    st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_sequences_attend_as_torch_has_them(
+    dtype: torch.dtype, kv_heads: int, shared: int, head_dim: int, ends: list[int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(5, kv_heads, 150, head_dim, generator=generator).to(dtype) for _ in range(2))
+    queries = torch.randn(len(ends), kv_heads * shared, head_dim, generator=generator) * 3
+    slots = torch.randperm(5, generator=generator)[: len(ends)]
+    found = attend_slots(queries, keys, values, slots, torch.tensor(ends))
+    for row, (slot, end) in enumerate(zip(slots.tolist(), ends, strict=True)):
+        wanted = attend(queries[row : row + 1], keys[slot, :, :end], values[slot, :, :end])[0]
+        torch.testing.assert_close(found[row], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_native_batch_is_what_its_requests_are_alone(checkpoint: Path, dtype: torch.dtype) -> None:
+    plain, native = (load(checkpoint, LoadOptions(max_tokens=64, native=native)) for native in (False, True))
+    assert native.native and not plain.native
+    requests = [Request(TOKENS[:length], length, stop=()) for length in (3, 7, 5)]
+    found = StaticBatching(native, 3, dtype).run(requests)
+    wanted = StaticBatching(plain, 1, dtype).run(requests)
+    assert [result.tokens for result in found] == [result.tokens for result in wanted]
+
+
+def test_a_native_draft_guesses_the_same_text(tiny_llama: Path) -> None:
+    plain, native = load(tiny_llama), load(tiny_llama, LoadOptions(native=True))
+    draft = DraftModel(load(tiny_llama, LoadOptions(weights="int8", head="int8", native=True)), 64)
+    speculator = Speculator(native, draft, 4, 64)
+    assert list(speculator.generate(TOKENS, 40, stop=())) == list(generate(Engine(plain, 64), TOKENS, 40, stop=()))
+    assert speculator.acceptance.accepted > 0
 
 
 def test_rows_of_zeros_and_extreme_codes() -> None:
