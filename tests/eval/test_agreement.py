@@ -53,7 +53,6 @@ def test_the_figure_is_llama_perplexitys(prose: Path, context: int) -> None:
 
 @pytest.mark.slow
 def test_the_figures_are_lm_evals(prose: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs the `eval` extra")
     rows = beside_lm_eval(demo_model(), prose, window=512, number=3)
     assert [row.figure for row in rows] == ["word_ppl", "byte_ppl", "bits_per_byte"]
     assert all(abs(row.difference) < LM_EVAL for row in rows), rows
@@ -61,7 +60,6 @@ def test_the_figures_are_lm_evals(prose: Path) -> None:
 
 @pytest.mark.slow
 def test_lm_evals_own_task_agrees_on_a_tiny_model(tiny_llama: Path, prose: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs the `eval` extra")
     rows = beside_lm_eval(tiny_llama, prose, window=256, number=1)
     assert all(abs(row.difference) < LM_EVAL for row in rows), rows
 

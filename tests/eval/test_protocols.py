@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import string
 from pathlib import Path
@@ -86,7 +87,7 @@ WIKI = " the boys ' game : 3 @.@ 5 @-@ inch ( \" very small \" ) , it 's [ 12 ] 
 
 @given(st.text(alphabet=string.ascii_letters + " '\"()[]{}=@.,-:;!?\n°N5s", max_size=200))
 def test_detokenising_is_lm_evals(noise: str) -> None:
-    module = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext", reason="needs the `eval` extra")
+    module = importlib.import_module("lm_eval.tasks.wikitext.preprocess_wikitext")
     for page in (WIKI, noise):
         assert texts.detokenize(page) == module.wikitext_detokenizer({"page": page})
 
@@ -178,7 +179,7 @@ def test_no_window_is_without_a_scored_token(length: int, window: int) -> None:
 
 @given(length=st.integers(0, 100), window=st.integers(1, 30))
 def test_rolling_windows_are_lm_evals(length: int, window: int) -> None:
-    utils = pytest.importorskip("lm_eval.utils", reason="needs the `eval` extra")
+    utils = importlib.import_module("lm_eval.utils")
     tokens, prefix = list(range(length)), 999
     expected = [
         utils.make_disjoint_window(pair)
