@@ -34,7 +34,7 @@ def trace(bench: Bench, skewed: bool) -> list[Request]:
 
 
 def _cache(bench: Bench, model: Model, block_size: int) -> PagedCache:
-    return PagedCache(model.config, bench.batch * -(-2 * LONGEST // block_size), block_size)
+    return PagedCache(model.config, bench.batch * -(-2 * LONGEST // block_size), block_size, native=model.native)
 
 
 def continuous(model: Model, bench: Bench, requests: list[Request], block_size: int = BLOCK_SIZE) -> tuple[float, float]:
@@ -114,7 +114,7 @@ def waste_by_block_size(bench: Bench) -> dict[int, float]:
         context.advance()
         return torch.zeros(len(rows), 1)
 
-    nothing = cast(Model, SimpleNamespace(config=config, device=torch.device("cpu"), forward=forward))
+    nothing = cast(Model, SimpleNamespace(config=config, device=torch.device("cpu"), native=False, forward=forward))
     return {size: continuous(nothing, bench, trace(bench, True), size)[1] for size in (4, 8, 16, 32, 64)}
 
 

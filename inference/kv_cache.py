@@ -10,8 +10,7 @@ from torch import Tensor
 from inference.attention import Attention, attend, attend_each
 from inference.config import ModelConfig
 from inference.context import spans
-from inference.native.attention import CACHE_DTYPES as NATIVE_DTYPES
-from inference.native.attention import attend_slots
+from inference.native.attention import attend_slots, supports
 from quantize.errors import InputError
 
 CACHE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,7 +67,7 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = [0] * slots
         self.attention = attention
-        self.native = native and dtype in NATIVE_DTYPES and self.keys.device.type == "cpu"
+        self.native = native and supports(self.keys)
 
     @property
     def max_tokens(self) -> int:

@@ -19,6 +19,7 @@ from inference.attention import Attention, attend
 from inference.block_allocator import BlockAllocator
 from inference.config import ModelConfig
 from inference.kv_cache import CACHE_DTYPES
+from inference.native.attention import supports
 from inference.paged_context import PagedContext
 from quantize.errors import InputError
 
@@ -70,8 +71,12 @@ class PagedCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         attention: Attention = attend,
+        native: bool = False,
     ) -> None:
         """Allocate the pool: room for ``blocks * block_size`` tokens.
+
+        ``native`` has sequences that add a token each attend in C++ (on the CPU, float32 or float16, with the default
+        attention only; elsewhere it changes nothing).
 
         Raises:
             InputError: no block, no token in a block, or a type that is not float32, float16 or bfloat16.
@@ -87,6 +92,7 @@ class PagedCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
         self.attention = attention
+        self.native = native and supports(self.keys)
         self.tables: dict[int, BlockTable] = {}
         self.copies = 0
         self._longest = config.max_tokens
@@ -180,7 +186,7 @@ class PagedCache:
             )
         for count, slot in zip(counts, slots, strict=True):
             self._make_room(self.tables[slot], count)
-        return PagedContext(self.keys, self.values, [self.tables[slot] for slot in slots], counts, self.attention)
+        return PagedContext(self.keys, self.values, [self.tables[slot] for slot in slots], counts, self.attention, self.native)
 
     def _make_room(self, table: BlockTable, count: int) -> None:
         if table.length % self.block_size:

@@ -2,7 +2,8 @@
 
 Sequences that add one token each, which is decode, are computed together: their blocks are gathered into one buffer, padded to
 the longest. Sequences of very different lengths go into separate buffers, so the padding stays small. A sequence that adds
-several tokens, which is a prompt or a part of one, has its blocks gathered alone.
+several tokens, which is a prompt or a part of one, has its blocks gathered alone. In C++ (``native``) each sequence that adds
+one token reads its own blocks, and nothing is padded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from inference.attention import Attention, attend
 from inference.context import spans
+from inference.native.attention import attend_pages
 
 _FULL_ENOUGH = 0.6  # a sequence shorter than this share of its buffer's longest starts a buffer of its own
 
@@ -57,7 +59,13 @@ class PagedContext:
     """One forward over a pool of blocks; see :class:`~inference.paged.PagedCache`."""
 
     def __init__(
-        self, keys: Tensor, values: Tensor, tables: Sequence[Table], counts: Sequence[int], attention: Attention
+        self,
+        keys: Tensor,
+        values: Tensor,
+        tables: Sequence[Table],
+        counts: Sequence[int],
+        attention: Attention,
+        native: bool = False,
     ) -> None:
         """``keys``, ``values`` ``[layers, kv_heads, blocks, block_size, head_dim]``; tables have blocks for new tokens."""
         self.counts = counts
@@ -77,14 +85,27 @@ class PagedContext:
         ones = [index for index, count in enumerate(counts) if count == 1]
         # Other kernels than the default take sequences one by one.
         together = ones if len(ones) > 1 and attention is attend else []
+        self._native = self._tables_of(together) if native and together else None
         self._buckets = [
-            self._bucket([together[index] for index in bucket]) for bucket in buckets([self._ends[one] for one in together])
+            self._bucket([together[index] for index in bucket])
+            for bucket in buckets([self._ends[one] for one in together if not self._native])
         ]
         alone = [index for index in range(len(counts)) if index not in set(together)]
         self._alone = [(self._spans[index], self._index(tables[index].blocks), self._ends[index]) for index in alone]
 
     def _index(self, blocks: list[int]) -> Tensor:
         return torch.tensor(blocks, device=self._device)
+
+    def _tables_of(self, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of these sequences' tokens, their block tables filled up to the longest, and their ends."""
+        tables = [self._tables[member].blocks for member in members]
+        width = max(map(len, tables))
+        filled = torch.tensor([table + [0] * (width - len(table)) for table in tables])
+        return (
+            self._index([self._spans[member].start for member in members]),
+            filled,
+            self._index([self._ends[member] for member in members]),
+        )
 
     def _bucket(self, members: list[int]) -> _Bucket:
         tables = [self._tables[member].blocks for member in members]
@@ -102,9 +123,12 @@ class PagedContext:
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        if len(self._alone) == 1 and not self._buckets:
+        if len(self._alone) == 1 and not self._buckets and not self._native:
             return self._attend_alone(queries, keys, values, *self._alone[0])
         out = queries.new_empty(len(queries), queries.shape[1] * queries.shape[2])
+        if self._native:
+            rows, tables, ends = self._native
+            out[rows] = attend_pages(queries[rows], keys, values, tables, ends)
         for bucket in self._buckets:
             out[bucket.rows] = self._attend_bucket(queries[bucket.rows], keys, values, bucket)
         for span, blocks, end in self._alone:

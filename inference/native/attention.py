@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from inference.native.build import library
-from inference.native.structures import POINTER
+from inference.native.structures import POINTER, integers, pointers, structure
 
-CACHE_DTYPES = (torch.float32, torch.float16)
+# step.cpp's Batch.
+_Batch = structure("_Batch", **integers("heads", "kv_heads", "head_dim", "count"), **pointers("ends", "queries", "out"))
+
+
+def supports(cache: Tensor) -> bool:
+    """Whether keys and values like ``cache`` can be attended to here."""
+    return cache.device.type == "cpu" and cache.dtype in (torch.float32, torch.float16)
 
 
 def attend_slots(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, ends: Tensor) -> Tensor:
-    """One query of each sequence over all its keys.
+    """One query of each sequence over all its keys, in slots.
 
     Args:
         queries: float32 ``[sequences, heads, head_dim]``.
-        keys, values: one layer of a cache, ``[slots, kv_heads, max_tokens, head_dim]``, one of :data:`CACHE_DTYPES`.
+        keys, values: one layer of a cache, ``[slots, kv_heads, max_tokens, head_dim]``, float32 or float16.
         slots, ends: int64 ``[sequences]``: where each sequence is, and how many keys it has.
 
     Returns:
@@ -27,15 +34,30 @@ def attend_slots(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, e
     Raises:
         InputError: no C++ compiler.
     """
+    return _call("attend_in_slots", queries, keys, values, ends, keys.shape[1], (keys.shape[2], slots))
+
+
+def attend_pages(queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, ends: Tensor) -> Tensor:
+    """The same in pages.
+
+    Args:
+        keys, values: one layer of a pool, ``[kv_heads, blocks, block_size, head_dim]``, float32 or float16.
+        tables: int64 ``[sequences, width]``: a sequence's blocks in order, anything behind those that its ``ends`` needs.
+
+    Raises:
+        InputError: no C++ compiler.
+    """
+    more = (keys.shape[1], keys.shape[2], tables, tables.shape[1])
+    return _call("attend_in_pages", queries, keys, values, ends, keys.shape[0], more)
+
+
+def _call(
+    name: str, queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, kv_heads: int, more: tuple[Any, ...]
+) -> Tensor:
     queries, (count, heads, head_dim) = queries.contiguous(), queries.shape
     out = torch.empty(count, heads * head_dim)
-    sizes = (keys.dtype == torch.float16, keys.shape[2], heads, keys.shape[1], head_dim)
-    library().attend_each(
-        *(POINTER(tensor.data_ptr()) for tensor in (keys, values)),
-        *map(ctypes.c_int64, sizes),
-        *(POINTER(tensor.data_ptr()) for tensor in (slots, ends)),
-        ctypes.c_int64(count),
-        *(POINTER(tensor.data_ptr()) for tensor in (queries, out)),
-        ctypes.c_int64(torch.get_num_threads()),
-    )
+    batch = _Batch(heads, kv_heads, head_dim, count, *(tensor.data_ptr() for tensor in (ends, queries, out)))
+    rest = [POINTER(item.data_ptr()) if isinstance(item, Tensor) else ctypes.c_int64(item) for item in (keys, values, *more)]
+    threads, half = ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(keys.dtype == torch.float16)
+    getattr(library(), name)(ctypes.byref(batch), threads, half, *rest)
     return out

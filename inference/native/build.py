@@ -33,7 +33,8 @@ def library() -> ctypes.CDLL:
         with atomic_path(file) as made:
             _compile([*command, "-o", str(made), str(SOURCE)])
     loaded = ctypes.CDLL(str(file))
-    loaded.decode_step.restype = loaded.multiply.restype = loaded.attend_each.restype = None
+    for name in ("decode_step", "multiply", "attend_in_slots", "attend_in_pages"):
+        getattr(loaded, name).restype = None
     return loaded
 
 

@@ -158,29 +158,79 @@ extern "C" void multiply(const Linear *layer, const float *x, int64_t tokens, fl
     }
 }
 
-// One query of each of `count` sequences over positions 0 .. ends[i] - 1 of its slot: keys and values [slots][kv_heads][max_tokens]
-// [head_dim], queries and out [count][heads][head_dim].
-extern "C" void attend_each(const void *keys, const void *values, int64_t half_cache, int64_t max_tokens, int64_t heads,
-                            int64_t kv_heads, int64_t head_dim, const int64_t *slots, const int64_t *ends, int64_t count,
-                            const float *queries, float *out, int64_t threads) {
-    int64_t shared = heads / kv_heads, size = shared * head_dim;
-    float root = 1.0f / std::sqrt(float(head_dim));
+namespace {
+
+struct Batch {
+    int64_t heads, kv_heads, head_dim, count;
+    const int64_t *ends;  // [count]
+    const float *queries;  // [count][heads][head_dim]
+    float *out;            // the same
+};
+
+// One query of each sequence over all of its positions. find(sequence, kv head, keys, values) gives the addresses of its keys and
+// values, for which it may use the two buffers.
+template <class Number, class Find>
+void attend_batch(const Batch &batch, int64_t threads, Find find) {
+    int64_t n = batch.head_dim, shared = batch.heads / batch.kv_heads, size = shared * n;
+    float root = 1.0f / std::sqrt(float(n));
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> buffer(shared * (head_dim + 2)), scaled(size), scores;
-        Partial found(buffer.data(), 0, shared, head_dim);
+        std::vector<float> buffer(shared * (n + 2)), scaled(size), scores;
+        std::vector<Number> keys, values;
+        Partial found(buffer.data(), 0, shared, n);
 #pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < count * kv_heads; unit++) {
-            int64_t sequence = unit / kv_heads, end = ends[sequence];
-            int64_t from = (slots[sequence] * kv_heads + unit % kv_heads) * max_tokens * head_dim;
-            for (int64_t i = 0; i < size; i++) scaled[i] = queries[unit * size + i] * root;
-            if (half_cache)
-                attend_shared(scaled.data(), shared, (const half *)keys + from, (const half *)values + from, end, head_dim, scores,
-                              found, 0);
-            else
-                attend_shared(scaled.data(), shared, (const float *)keys + from, (const float *)values + from, end, head_dim,
-                              scores, found, 0);
-            for (int64_t i = 0; i < size; i++) out[unit * size + i] = found.values[i] / found.sums[i / head_dim];
+        for (int64_t unit = 0; unit < batch.count * batch.kv_heads; unit++) {
+            int64_t sequence = unit / batch.kv_heads;
+            auto at = find(sequence, unit % batch.kv_heads, keys, values);
+            for (int64_t i = 0; i < size; i++) scaled[i] = batch.queries[unit * size + i] * root;
+            attend_shared(scaled.data(), shared, at.first, at.second, batch.ends[sequence], n, scores, found, 0);
+            for (int64_t i = 0; i < size; i++) batch.out[unit * size + i] = found.values[i] / found.sums[i / n];
         }
     }
+}
+
+template <class Number>
+void attend_slots(const Batch &batch, int64_t threads, const Number *keys, const Number *values, int64_t max_tokens,
+                  const int64_t *slots) {
+    attend_batch<Number>(batch, threads, [&](int64_t sequence, int64_t kv, auto &, auto &) {
+        int64_t from = (slots[sequence] * batch.kv_heads + kv) * max_tokens * batch.head_dim;
+        return std::make_pair(keys + from, values + from);
+    });
+}
+
+template <class Number>
+void attend_pages(const Batch &batch, int64_t threads, const Number *keys, const Number *values, int64_t blocks,
+                  int64_t block_size, const int64_t *tables, int64_t width) {
+    int64_t each = block_size * batch.head_dim;
+    attend_batch<Number>(batch, threads, [&](int64_t sequence, int64_t kv, auto &kept_keys, auto &kept_values) {
+        int64_t used = (batch.ends[sequence] + block_size - 1) / block_size;
+        kept_keys.resize(used * each);
+        kept_values.resize(used * each);
+        for (int64_t i = 0; i < used; i++) {
+            int64_t from = (kv * blocks + tables[sequence * width + i]) * each;
+            std::copy(keys + from, keys + from + each, kept_keys.begin() + i * each);
+            std::copy(values + from, values + from + each, kept_values.begin() + i * each);
+        }
+        return std::make_pair((const Number *)kept_keys.data(), (const Number *)kept_values.data());
+    });
+}
+
+}  // namespace
+
+// Sequences in the slots of a cache: keys and values [slots][kv_heads][max_tokens][head_dim].
+extern "C" void attend_in_slots(const Batch *batch, int64_t threads, int64_t half_cache, const void *keys, const void *values,
+                                int64_t max_tokens, const int64_t *slots) {
+    if (half_cache)
+        attend_slots(*batch, threads, (const half *)keys, (const half *)values, max_tokens, slots);
+    else
+        attend_slots(*batch, threads, (const float *)keys, (const float *)values, max_tokens, slots);
+}
+
+// Sequences in pages: keys and values [kv_heads][blocks][block_size][head_dim], tables [count][width] of block numbers.
+extern "C" void attend_in_pages(const Batch *batch, int64_t threads, int64_t half_cache, const void *keys, const void *values,
+                                int64_t blocks, int64_t block_size, const int64_t *tables, int64_t width) {
+    if (half_cache)
+        attend_pages(*batch, threads, (const half *)keys, (const half *)values, blocks, block_size, tables, width);
+    else
+        attend_pages(*batch, threads, (const float *)keys, (const float *)values, blocks, block_size, tables, width);
 }

@@ -26,10 +26,12 @@ from inference.kv_cache import KVCache
 from inference.linear import quantize_rows
 from inference.load import LoadOptions, load
 from inference.native import build, linear
-from inference.native.attention import attend_slots
+from inference.native.attention import attend_pages, attend_slots
 from inference.native.linear import FEW_TOKENS, NativeLinear
 from inference.native.step import NativeEngine, NativeStep
+from inference.paged import PagedCache
 from inference.requests import Request
+from inference.scheduler import Policy, Scheduler
 from inference.speculative import DraftModel, Speculator
 from inference.static_batching import StaticBatching
 from quantize.errors import InputError
@@ -237,6 +239,10 @@ def test_sequences_attend_as_torch_has_them(
     for row, (slot, end) in enumerate(zip(slots.tolist(), ends, strict=True)):
         wanted = attend(queries[row : row + 1], keys[slot, :, :end], values[slot, :, :end])[0]
         torch.testing.assert_close(found[row], wanted, atol=1e-5, rtol=1e-5)
+    # The same in pages: 10 tokens of a slot are a block.
+    key_pages, value_pages = (part.transpose(0, 1).reshape(kv_heads, 75, 10, head_dim) for part in (keys, values))
+    tables = slots[:, None] * 15 + torch.arange(15)
+    assert torch.equal(attend_pages(queries, key_pages, value_pages, tables, torch.tensor(ends)), found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -247,6 +253,18 @@ def test_a_native_batch_is_what_its_requests_are_alone(checkpoint: Path, dtype: 
     found = StaticBatching(native, 3, dtype).run(requests)
     wanted = StaticBatching(plain, 1, dtype).run(requests)
     assert [result.tokens for result in found] == [result.tokens for result in wanted]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_native_pages_give_what_requests_are_alone(tiny_llama: Path, dtype: torch.dtype) -> None:
+    plain, native = load(tiny_llama), load(tiny_llama, LoadOptions(native=True))
+    scheduler = Scheduler(native, PagedCache(native.config, 24, 4, dtype, native=True), Policy(budget=6, max_sequences=3))
+    requests = [Request(TOKENS[: 3 + index], 14 - index, stop=()) for index in range(6)]
+    numbers = [scheduler.submit(request) for request in requests]
+    results = scheduler.run()
+    for number, request in zip(numbers, requests, strict=True):
+        alone = generate(Engine(plain, 64, dtype), request.prompt, request.max_new_tokens, stop=())
+        assert list(results[number].tokens) == list(alone)
 
 
 def test_a_native_draft_guesses_the_same_text(tiny_llama: Path) -> None:
