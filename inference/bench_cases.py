@@ -15,6 +15,7 @@ import torch
 
 from exports.gguf_convert import convert
 from exports.gguf_quantize import Options, quantize_file
+from inference.bench import run_round
 from inference.engine import Engine
 from inference.load import LoadOptions, load
 from inference.model import Model
@@ -170,11 +171,7 @@ def decode_seconds(model: Model, prompt: list[int], tokens: int, cache_dtype: to
 
 def engine_seconds(engine: Engine, prompt: list[int], tokens: int) -> float:
     """:func:`decode_seconds` of an engine made already, and with it of what it has compiled."""
-    token = int(engine.prefill(prompt).argmax())
-    started = time.perf_counter()
-    for _ in range(tokens):
-        token = int(engine.decode(token).argmax())
-    return (time.perf_counter() - started) / tokens
+    return run_round(engine, prompt, tokens).tpot
 
 
 def stopwatch(work: Callable[[], object]) -> float:

@@ -129,13 +129,16 @@ def shared_prompt(bench: Bench) -> Row:
         scheduler.run()
         return time.perf_counter() - started
 
+    def scheduler() -> Scheduler:
+        return Scheduler(bench.fp32, PagedCache(bench.fp32.config, -(-576 // BLOCK_SIZE), BLOCK_SIZE), policy)
+
     def cold() -> float:
-        return first_token(Scheduler(bench.fp32, PagedCache(bench.fp32.config, -(-576 // BLOCK_SIZE), BLOCK_SIZE), policy), 1)
+        return first_token(scheduler(), 1)
 
     def warm() -> float:
-        scheduler = Scheduler(bench.fp32, PagedCache(bench.fp32.config, -(-576 // BLOCK_SIZE), BLOCK_SIZE), policy)
-        first_token(scheduler, 1)
-        return first_token(scheduler, 2)
+        used = scheduler()
+        first_token(used, 1)
+        return first_token(used, 2)
 
     fast, slow = bench.turns(warm, cold)
     known, unknown = (1000 * statistics.median(seconds) for seconds in (fast, slow))

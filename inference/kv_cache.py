@@ -136,7 +136,9 @@ class SlotContext(SlotPositions):
         self._cache = cache
         # Several sequences with a token each are one batched product; other kernels than the default take them one by one.
         self._each = len(counts) > 1 and max(counts) == 1 and cache.attention is attend
-        if self._each:
+        if self._each and cache.native:
+            self._slot_index, self._end_index = torch.tensor(list(slots)), self.positions + 1
+        elif self._each:
             self._slot_index = torch.tensor(list(slots), device=device)
             adjacent = list(slots) == list(range(slots[0], slots[0] + len(slots)))
             self._rows = slice(slots[0], slots[0] + len(slots)) if adjacent else self._slot_index
@@ -155,7 +157,7 @@ class SlotContext(SlotPositions):
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         if self._each and self._cache.native:
-            return attend_slots(queries, keys, values, self._slot_index, self.positions + 1)
+            return attend_slots(queries, keys, values, self._slot_index, self._end_index)
         if self._each:
             longest = max(self._ends)
             seen = keys[self._rows, :, :longest], values[self._rows, :, :longest]

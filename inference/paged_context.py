@@ -86,9 +86,9 @@ class PagedContext:
         # Other kernels than the default take sequences one by one.
         together = ones if len(ones) > 1 and attention is attend else []
         self._native = self._tables_of(together) if native and together else None
+        padded = [] if self._native else together
         self._buckets = [
-            self._bucket([together[index] for index in bucket])
-            for bucket in buckets([self._ends[one] for one in together if not self._native])
+            self._bucket([padded[index] for index in bucket]) for bucket in buckets([self._ends[one] for one in padded])
         ]
         alone = [index for index in range(len(counts)) if index not in set(together)]
         self._alone = [(self._spans[index], self._index(tables[index].blocks), self._ends[index]) for index in alone]
@@ -98,23 +98,27 @@ class PagedContext:
 
     def _tables_of(self, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of these sequences' tokens, their block tables filled up to the longest, and their ends."""
+        blocks = self._index(self._filled(members)).view(len(members), -1)
+        return self._rows_of(members), blocks, self._ends_of(members)
+
+    def _filled(self, members: list[int]) -> list[int]:
+        """Their tables one after the other, shorter ones filled up with their own first block."""
         tables = [self._tables[member].blocks for member in members]
         width = max(map(len, tables))
-        filled = torch.tensor([table + [0] * (width - len(table)) for table in tables])
-        return (
-            self._index([self._spans[member].start for member in members]),
-            filled,
-            self._index([self._ends[member] for member in members]),
-        )
+        return [block for table in tables for block in table + table[:1] * (width - len(table))]
+
+    def _rows_of(self, members: list[int]) -> Tensor:
+        return self._index([self._spans[member].start for member in members])
+
+    def _ends_of(self, members: list[int]) -> Tensor:
+        return self._index([self._ends[member] for member in members])
 
     def _bucket(self, members: list[int]) -> _Bucket:
-        tables = [self._tables[member].blocks for member in members]
-        width = len(tables[0])  # the longest is first
-        blocks = [block for table in tables for block in table + table[:1] * (width - len(table))]
-        ends = self._index([self._ends[member] for member in members])
-        behind = torch.arange(width * self._block_size, device=self._device) >= ends[:, None]
+        blocks = self._filled(members)
+        width = len(blocks) // len(members)
+        behind = torch.arange(width * self._block_size, device=self._device) >= self._ends_of(members)[:, None]
         bias = torch.zeros(behind.shape, device=self._device).masked_fill_(behind, float("-inf"))[:, None]
-        return _Bucket(self._index([self._spans[member].start for member in members]), self._index(blocks), bias)
+        return _Bucket(self._rows_of(members), self._index(blocks), bias)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> None:
         for pool, new in ((self._keys[layer], keys), (self._values[layer], values)):

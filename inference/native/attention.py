@@ -24,12 +24,12 @@ def attend_slots(queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, e
     """One query of each sequence over all its keys, in slots.
 
     Args:
-        queries: float32 ``[sequences, heads, head_dim]``.
+        queries: floating ``[sequences, heads, head_dim]``; computed with in float32.
         keys, values: one layer of a cache, ``[slots, kv_heads, max_tokens, head_dim]``, float32 or float16.
         slots, ends: int64 ``[sequences]``: where each sequence is, and how many keys it has.
 
     Returns:
-        ``[sequences, heads * head_dim]``.
+        ``[sequences, heads * head_dim]`` in the queries' type.
 
     Raises:
         InputError: no C++ compiler.
@@ -54,10 +54,10 @@ def attend_pages(queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, 
 def _call(
     name: str, queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, kv_heads: int, more: tuple[Any, ...]
 ) -> Tensor:
-    queries, (count, heads, head_dim) = queries.contiguous(), queries.shape
+    wide, (count, heads, head_dim) = queries.float().contiguous(), queries.shape
     out = torch.empty(count, heads * head_dim)
-    batch = _Batch(heads, kv_heads, head_dim, count, *(tensor.data_ptr() for tensor in (ends, queries, out)))
+    batch = _Batch(heads, kv_heads, head_dim, count, *(tensor.data_ptr() for tensor in (ends, wide, out)))
     rest = [POINTER(item.data_ptr()) if isinstance(item, Tensor) else ctypes.c_int64(item) for item in (keys, values, *more)]
     threads, half = ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(keys.dtype == torch.float16)
     getattr(library(), name)(ctypes.byref(batch), threads, half, *rest)
-    return out
+    return out.to(queries.dtype)

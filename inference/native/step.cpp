@@ -140,8 +140,8 @@ extern "C" void multiply(const Linear *layer, const float *x, int64_t tokens, fl
 #pragma omp parallel num_threads(threads)
     {
         int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        for (int64_t token = thread; token < tokens; token += count) inputs[token].prepare(*layer, x + token * layer->columns);
-#pragma omp barrier
+#pragma omp for
+        for (int64_t token = 0; token < tokens; token++) inputs[token].prepare(*layer, x + token * layer->columns);
         Range range = share(layer->rows, thread, count, 8);
         for (int64_t row = range.from; row < range.to; row++) {
             Fetch fetch{0, (tokens + 3) / 4};

@@ -14,13 +14,12 @@ from inference.engine import Engine
 from inference.kv_cache import KVCache
 from inference.linear import Linear, SideBySide
 from inference.model import Model
+from inference.native.attention import supports
 from inference.native.build import library
 from inference.native.linear import NativeLinear
 from inference.native.structures import LINEAR, POINTER, integers, pointers, structure
 from inference.norm import RMSNorm
 from quantize.errors import InputError
-
-_CACHE_DTYPES = (torch.float32, torch.float16)
 
 # Field by field as in step.cpp.
 _Layers = structure("_Layers", count=ctypes.c_int64, parts=POINTER)
@@ -50,7 +49,7 @@ class NativeStep:
         Raises:
             InputError: a model not loaded with ``native=True``, a cache or an attention the step has not, no C++ compiler.
         """
-        if type(cache) is not KVCache or cache.keys.dtype not in _CACHE_DTYPES or cache.attention is not attend:
+        if type(cache) is not KVCache or not supports(cache.keys) or cache.attention is not attend:
             raise InputError(
                 "native=true decodes over a plain float32 or float16 cache with the default attention; use one, or native=false"
             )

@@ -239,6 +239,7 @@ def test_sequences_attend_as_torch_has_them(
     for row, (slot, end) in enumerate(zip(slots.tolist(), ends, strict=True)):
         wanted = attend(queries[row : row + 1], keys[slot, :, :end], values[slot, :, :end])[0]
         torch.testing.assert_close(found[row], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend_slots(queries.double(), keys, values, slots, torch.tensor(ends)), found.double())
     # The same in pages: 10 tokens of a slot are a block.
     key_pages, value_pages = (part.transpose(0, 1).reshape(kv_heads, 75, 10, head_dim) for part in (keys, values))
     tables = slots[:, None] * 15 + torch.arange(15)
