@@ -25,6 +25,7 @@ from inference.config import gguf_file
 from inference.engine import Engine
 from inference.load import LoadOptions, load
 from inference.native.step import engine_of
+from inference.sampling import likeliest
 from quantize.devices import resolve_device
 from quantize.errors import InputError
 
@@ -84,10 +85,10 @@ def run_round(engine: Engine, prompt: Sequence[int], tokens: int) -> Round:
     """Prefill ``prompt``, then decode ``tokens`` tokens greedily; stop tokens do not stop it."""
     started = time.perf_counter()
     # Reading the choice back is what waits for a device that computes behind Python's back.
-    token = int(engine.prefill(prompt).argmax())
+    token = likeliest(engine.prefill(prompt))
     first = time.perf_counter()
     for _ in range(tokens):
-        token = int(engine.decode(token).argmax())
+        token = likeliest(engine.decode(token))
     ended = time.perf_counter()
     ttft, tpot = first - started, (ended - first) / tokens
     return Round(ttft, tpot, len(prompt) / ttft, 1 / tpot)

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from inference.bench_cases import Bench, LeftOut, Row, engine_seconds, ratios
 from inference.engine import Engine
+from inference.sampling import likeliest
 from quantize.errors import InputError
 
 # What multiplies by weights, as the profiler names it: bound by reading them, and the same compiled or not.
@@ -27,11 +28,11 @@ PRODUCTS = frozenset(
 
 def share_of_products(engine: Engine, prompt: list[int], tokens: int) -> float:
     """The part of decode that is spent in products with weights, by torch's profiler: 0 to 1."""
-    token = int(engine.prefill(prompt).argmax())
+    token = likeliest(engine.prefill(prompt))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         started = time.perf_counter()
         for _ in range(tokens):
-            token = int(engine.decode(token).argmax())
+            token = likeliest(engine.decode(token))
         whole = time.perf_counter() - started
     microseconds = sum(event.self_cpu_time_total for event in profiler.key_averages() if event.key in PRODUCTS)
     return float(microseconds) / 1e6 / whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from eval.consumers import llamacpp
 from inference.bench_cases import Bench, LeftOut, Row, decode_seconds, ratios, read_bandwidth, stopwatch, weight_bytes
 from inference.engine import Engine
+from inference.generate import generate
 from inference.model import Model
 from inference.native.step import engine_of
 from inference.speculative import DraftModel, Speculator
@@ -139,11 +139,7 @@ def speculative(bench: Bench) -> Row:
 
     def plain() -> float:
         engine = engine_of(bench.fp32_step, longest)
-        started = time.perf_counter()
-        token = int(engine.prefill(prompt).argmax())
-        for _ in range(bench.tokens - 1):
-            token = int(engine.decode(token).argmax())
-        return time.perf_counter() - started
+        return stopwatch(lambda: list(generate(engine, prompt, bench.tokens, stop=())))
 
     fast, slow = bench.turns(guessed, plain)
     found = speculator.acceptance

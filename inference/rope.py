@@ -63,6 +63,13 @@ class Rope:
                 return self._dynamic_rows(positions, lengths)
         return self._cosine[positions], self._sine[positions]
 
+    def row(self, position: int) -> tuple[Tensor, Tensor]:
+        """:meth:`rows` of a sequence's last token, ``[1, head_dim]`` each: parts of the table wherever it has them."""
+        if not self.relative and position >= self._trained:
+            cosine, sine = self._dynamic_rows(torch.tensor([position]), torch.tensor([position + 1]))
+            return cosine[0], sine[0]
+        return self._cosine[position], self._sine[position]
+
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`rows` that turn and do not lengthen: YaRN's factor is not in them."""
         return self._cosine[positions] / self._magnitude, self._sine[positions] / self._magnitude

@@ -17,7 +17,7 @@ from torch import Tensor
 from inference.kv_cache import KVCache
 from inference.model import Model
 from inference.native.step import NativeStep
-from inference.sampling import Sampler, Sampling
+from inference.sampling import Sampler, Sampling, likeliest
 from quantize.errors import InputError
 
 
@@ -83,7 +83,7 @@ class DraftModel:
         guesses: list[int] = []
         new = list(tokens[kept:])
         for _ in range(count):
-            new = [int(self._logits(new).argmax())]
+            new = [likeliest(self._logits(new))]
             guesses += new
         self._held = [*tokens, *guesses[:-1]]
         return guesses

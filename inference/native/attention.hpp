@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 64;  // values of so many positions stay in the first cache while they are summed
+constexpr int64_t LINE = 64;  // bytes of memory that are fetched together
 
 // What one thread has found, for each head: a sum of values weighted by e^(score - largest), that largest, the weights' sum.
 struct Partial {
@@ -22,20 +22,38 @@ struct Partial {
         : values(buffer + thread * heads * (n + 2)), largest(values + heads * n), sums(largest + heads) {}
 };
 
+// Sums of `count` values weighted by scores ([QUERIES][stride]) into `to` ([QUERIES][n]), VECTORS * WIDTH elements from `i` on.
+template <int QUERIES, int VECTORS, class Number>
+void weigh(const Number *values, int64_t count, int64_t n, const float *scores, int64_t stride, float *to) {
+    Eight sums[QUERIES][VECTORS] = {};
+    for (int64_t t = 0; t < count; t++)
+        for (int v = 0; v < VECTORS; v++) {
+            Eight part = load(values + t * n + v * WIDTH);
+            for (int q = 0; q < QUERIES; q++) sums[q][v] += part * scores[q * stride + t];
+        }
+    for (int q = 0; q < QUERIES; q++)
+        for (int v = 0; v < VECTORS; v++) store(to + q * n + v * WIDTH, sums[q][v]);
+}
+
 // QUERIES queries ([QUERIES][n], scaled) over `count` positions of one head.
 template <int QUERIES, class Number>
 void attend(const float *queries, const Number *keys, const Number *values, int64_t count, int64_t n, std::vector<float> &scores,
             const Partial &out, int64_t head) {
-    int64_t stride = (count + WIDTH - 1) / WIDTH * WIDTH, even = n / WIDTH * WIDTH;
+    constexpr int VECTORS = QUERIES == 1 ? 8 : QUERIES < 4 ? 4 : 3;  // as many sums as registers hold
+    int64_t stride = (count + WIDTH - 1) / WIDTH * WIDTH, even = n / WIDTH * WIDTH, bytes = n * sizeof(Number);
     scores.resize(QUERIES * stride);
     float largest[QUERIES];
     std::fill(largest, largest + QUERIES, -std::numeric_limits<float>::infinity());
     for (int64_t t = 0; t < count; t++) {
         const Number *key = keys + t * n;
+        // Values are wanted next: both are on their way, to the second cache, while keys are multiplied.
+        for (int64_t at = 0; at < bytes; at += LINE) {
+            __builtin_prefetch((const char *)key + at + 2 * AHEAD);
+            __builtin_prefetch((const char *)(values + t * n) + at, 0, 2);
+        }
         Eight sums[QUERIES] = {};
         for (int64_t i = 0; i < even; i += WIDTH) {
             Eight part = load(key + i);
-            __builtin_prefetch((const char *)(key + i) + AHEAD);
             for (int q = 0; q < QUERIES; q++) sums[q] += part * load(queries + q * n + i);
         }
         for (int q = 0; q < QUERIES; q++) {
@@ -51,25 +69,17 @@ void attend(const float *queries, const Number *keys, const Number *values, int6
         for (int64_t t = 0; t < count; t++) sum += row[t];
         out.largest[head + q] = largest[q];
         out.sums[head + q] = sum;
-        std::fill(out.values + (head + q) * n, out.values + (head + q + 1) * n, 0.0f);
     }
     float *to = out.values + head * n;
-    for (int64_t first = 0; first < count; first += TILE) {
-        int64_t last = std::min(count, first + TILE);
-        for (int64_t i = 0; i < even; i += WIDTH) {
-            Eight sums[QUERIES];
-            for (int q = 0; q < QUERIES; q++) sums[q] = load(to + q * n + i);
-            for (int64_t t = first; t < last; t++) {
-                Eight part = load(values + t * n + i);
-                __builtin_prefetch((const char *)(values + (t + TILE) * n + i));
-                for (int q = 0; q < QUERIES; q++) sums[q] += part * scores[q * stride + t];
-            }
-            for (int q = 0; q < QUERIES; q++) store(to + q * n + i, sums[q]);
+    int64_t i = 0;
+    for (; i + VECTORS * WIDTH <= n; i += VECTORS * WIDTH)
+        weigh<QUERIES, VECTORS>(values + i, count, n, scores.data(), stride, to + i);
+    for (; i < even; i += WIDTH) weigh<QUERIES, 1>(values + i, count, n, scores.data(), stride, to + i);
+    for (; i < n; i++)
+        for (int q = 0; q < QUERIES; q++) {
+            to[q * n + i] = 0;
+            for (int64_t t = 0; t < count; t++) to[q * n + i] += float(values[t * n + i]) * scores[q * stride + t];
         }
-        for (int64_t i = even; i < n; i++)
-            for (int q = 0; q < QUERIES; q++)
-                for (int64_t t = first; t < last; t++) to[q * n + i] += float(values[t * n + i]) * scores[q * stride + t];
-    }
 }
 
 // The same for any number of queries.

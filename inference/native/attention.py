@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference.native.build import library
-from inference.native.structures import POINTER, integers, pointers, structure
+from inference.native.structures import integers, pointers, structure
 
 # step.cpp's Batch.
 _Batch = structure("_Batch", **integers("heads", "kv_heads", "head_dim", "count"), **pointers("ends", "queries", "out"))
@@ -57,7 +57,6 @@ def _call(
     wide, (count, heads, head_dim) = queries.float().contiguous(), queries.shape
     out = torch.empty(count, heads * head_dim)
     batch = _Batch(heads, kv_heads, head_dim, count, *(tensor.data_ptr() for tensor in (ends, wide, out)))
-    rest = [POINTER(item.data_ptr()) if isinstance(item, Tensor) else ctypes.c_int64(item) for item in (keys, values, *more)]
-    threads, half = ctypes.c_int64(torch.get_num_threads()), ctypes.c_int64(keys.dtype == torch.float16)
-    getattr(library(), name)(ctypes.byref(batch), threads, half, *rest)
+    rest = [item.data_ptr() if isinstance(item, Tensor) else item for item in (keys, values, *more)]
+    getattr(library(), name)(ctypes.byref(batch), torch.get_num_threads(), keys.dtype == torch.float16, *rest)
     return out.to(queries.dtype)

@@ -19,6 +19,15 @@ SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
 
+_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
+# What step.cpp's functions take; none gives anything back.
+_FUNCTIONS = {
+    "decode_step": (_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
+    "multiply": (_ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _COUNT),
+    "attend_in_slots": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
+    "attend_in_pages": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _ADDRESS, _COUNT),
+}
+
 
 @functools.cache
 def library() -> ctypes.CDLL:
@@ -32,9 +41,14 @@ def library() -> ctypes.CDLL:
     if not file.exists():
         with atomic_path(file) as made:
             _compile([*command, "-o", str(made), str(SOURCE)])
-    loaded = ctypes.CDLL(str(file))
-    for name in ("decode_step", "multiply", "attend_in_slots", "attend_in_pages"):
-        getattr(loaded, name).restype = None
+    return declared(ctypes.CDLL(str(file)))
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """The same, its functions taking integers and addresses as Python has them."""
+    for name, takes in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = takes, None
     return loaded
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from inference.int4 import Int4Codes
 from inference.linear import DenseLinear, Int8Linear, Linear, tensor_bytes
 from inference.native.build import library
-from inference.native.structures import LINEAR, POINTER
+from inference.native.structures import LINEAR
 
 # The order of product.hpp's Kind.
 FLOAT32, FLOAT16, INT8_WEIGHT, INT8, INT4, INT4_MIDDLE = range(6)
@@ -73,13 +73,8 @@ class NativeLinear:
     def few(self, x: Tensor) -> Tensor:
         """The product in C++: float32 ``[tokens, in_features]`` to ``[tokens, out_features]``."""
         x, out = x.contiguous(), torch.empty(len(x), self.out_features)
-        addresses = (
-            POINTER(x.data_ptr()),
-            ctypes.c_int64(len(x)),
-            POINTER(out.data_ptr()),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
-        library().multiply(ctypes.byref(self.described), *addresses)
+        described = ctypes.byref(self.described)
+        library().multiply(described, x.data_ptr(), len(x), out.data_ptr(), torch.get_num_threads())
         return out
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -283,6 +283,25 @@ void row_products(const Linear &layer, const Input *inputs, int64_t row, float *
         for (int t = 0; t < TOKENS; t++) out[t] += layer.bias[row];
 }
 
+// Four rows of floats times all tokens, three of these at a time: as many sums as registers hold. out [tokens][rows].
+inline void four_rows(const Linear &layer, const Input *inputs, int64_t tokens, int64_t row, float *out) {
+    int64_t n = layer.columns;
+    const float *w = (const float *)layer.weight + row * n;
+    Fetch fetch{0, (tokens + 2) / 3};
+    for (int64_t token = 0; token < tokens; token += 3, fetch.pass++) {
+        int64_t some = std::min<int64_t>(3, tokens - token);
+        const float *x[3];
+        for (int64_t t = 0; t < some; t++) x[t] = inputs[token + t].x;
+        float *to = out + token * layer.rows + row;
+        if (some == 3) dots<4, 3>(w, x, n, to, layer.rows, fetch);
+        if (some == 2) dots<4, 2>(w, x, n, to, layer.rows, fetch);
+        if (some == 1) dots<4, 1>(w, x, n, to, layer.rows, fetch);
+        if (layer.bias)
+            for (int64_t t = 0; t < some; t++)
+                for (int64_t r = 0; r < 4; r++) to[t * layer.rows + r] += layer.bias[row + r];
+    }
+}
+
 // Rows `range` of layers side by side for one token; take(row, value) gets each.
 template <class Take>
 void rows(const Layers &layers, Input &input, const float *x, Range range, Take take) {

@@ -143,7 +143,10 @@ extern "C" void multiply(const Linear *layer, const float *x, int64_t tokens, fl
 #pragma omp for
         for (int64_t token = 0; token < tokens; token++) inputs[token].prepare(*layer, x + token * layer->columns);
         Range range = share(layer->rows, thread, count, 8);
-        for (int64_t row = range.from; row < range.to; row++) {
+        int64_t row = range.from;
+        if (layer->kind == FLOAT32)
+            for (; row + 4 <= range.to; row += 4) four_rows(*layer, inputs.data(), tokens, row, out);
+        for (; row < range.to; row++) {
             Fetch fetch{0, (tokens + 3) / 4};
             for (int64_t token = 0; token < tokens; fetch.pass = std::min(fetch.pass + 1, fetch.passes - 1)) {
                 const Input *from = &inputs[token];

@@ -82,6 +82,7 @@ class NativeStep:
             self._layers(model.head),
             *(self._address(buffer) for buffer in buffers),
         )
+        self._reference = ctypes.byref(self._described)
         self._kept.append(blocks)
 
     @torch.inference_mode()
@@ -91,19 +92,14 @@ class NativeStep:
         Raises:
             InputError: the cache is full.
         """
-        context = self._cache.context([1])
-        cosine, sine = (part.contiguous() for part in self._model.rope.rows(context.positions, context.counts))
-        self._stream.copy_(self._model.embedding[token])
-        logits = torch.empty(self._model.config.vocab_size)
-        position = ctypes.c_int64(self._cache.lengths[0])
-        self._step(
-            ctypes.byref(self._described),
-            POINTER(cosine.data_ptr()),
-            POINTER(sine.data_ptr()),
-            position,
-            POINTER(logits.data_ptr()),
-        )
-        context.advance()
+        cache, model = self._cache, self._model
+        cache.check_room(1)
+        position = cache.lengths[0]
+        cosine, sine = model.rope.row(position)
+        self._stream.copy_(model.embedding[token])
+        logits = torch.empty(model.config.vocab_size)
+        self._step(self._reference, cosine.data_ptr(), sine.data_ptr(), position, logits.data_ptr())
+        cache.lengths[0] = position + 1
         return logits
 
     def _block(self, index: int) -> Any:

@@ -37,6 +37,9 @@ inline Eight load(const int8_t *from) {
     return (Eight)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 }
 
+// Spelled out: whether a compiler makes one instruction of a product and a sum depends on what stands around them.
+inline Eight multiply_add(Eight a, Eight b, Eight c) { return (Eight)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
 inline float total(Eight v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -52,6 +55,8 @@ Eight load(const Number *from) {
     return v;
 }
 
+inline Eight multiply_add(Eight a, Eight b, Eight c) { return a * b + c; }
+
 inline float total(Eight v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 #endif
@@ -66,24 +71,47 @@ struct Fetch {
     int64_t step(int64_t bytes) const { return bytes / passes; }
 };
 
-// The sums of w[i] * x[t][i] for TOKENS vectors x, each made in the same order whatever TOKENS is.
+// The sums of w[i] * x[t][i] for TOKENS vectors x, each made in the same order whatever TOKENS is. Numbers that have to be
+// widened take two sums, or waiting for one would cost more than reading.
 template <int TOKENS, class Number>
 void dots(const Number *w, const float *const *x, int64_t n, float *out, Fetch fetch = {}) {
-    Eight one[TOKENS] = {}, two[TOKENS] = {};
-    int64_t i = 0, step = fetch.step(2 * WIDTH * sizeof(Number));
+    constexpr int SUMS = sizeof(Number) == sizeof(float) ? 1 : 2;
+    Eight sums[SUMS][TOKENS] = {};
+    int64_t i = 0, step = fetch.step(SUMS * WIDTH * sizeof(Number));
     const char *next = fetch.from(w, n * sizeof(Number));
-    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH, next += step) {
+    for (; i + SUMS * WIDTH <= n; i += SUMS * WIDTH, next += step) {
         __builtin_prefetch(next);
-        Eight first = load(w + i), second = load(w + i + WIDTH);
-        for (int t = 0; t < TOKENS; t++) {
-            one[t] += first * load(x[t] + i);
-            two[t] += second * load(x[t] + i + WIDTH);
+        for (int s = 0; s < SUMS; s++) {
+            Eight part = load(w + i + s * WIDTH);
+            for (int t = 0; t < TOKENS; t++) sums[s][t] = multiply_add(part, load(x[t] + i + s * WIDTH), sums[s][t]);
         }
     }
     for (int t = 0; t < TOKENS; t++) {
-        out[t] = total(one[t] + two[t]);
-        for (int64_t rest = i; rest < n; rest++) out[t] += float(w[rest]) * x[t][rest];
+        out[t] = total(SUMS == 1 ? sums[0][t] : sums[0][t] + sums[SUMS - 1][t]);
+        for (int64_t rest = i; rest < n; rest++) out[t] = std::fma(float(w[rest]), x[t][rest], out[t]);
     }
+}
+
+// The same for ROWS rows of floats, which share what is read of x: out[t][row], `stride` floats from token to token.
+template <int ROWS, int TOKENS>
+void dots(const float *w, const float *const *x, int64_t n, float *out, int64_t stride, Fetch fetch) {
+    Eight sums[ROWS][TOKENS] = {};
+    int64_t i = 0, step = fetch.step(ROWS * WIDTH * sizeof(float)), bytes = ROWS * n * sizeof(float);
+    const char *next = (const char *)w + bytes + fetch.pass * bytes / fetch.passes;  // of the rows behind these
+    for (; i + WIDTH <= n; i += WIDTH, next += step) {
+        for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(next + at);
+        Eight parts[ROWS];
+        for (int row = 0; row < ROWS; row++) parts[row] = load(w + row * n + i);
+        for (int t = 0; t < TOKENS; t++) {
+            Eight input = load(x[t] + i);
+            for (int row = 0; row < ROWS; row++) sums[row][t] = multiply_add(parts[row], input, sums[row][t]);
+        }
+    }
+    for (int t = 0; t < TOKENS; t++)
+        for (int row = 0; row < ROWS; row++) {
+            float &to = out[t * stride + row] = total(sums[row][t]);
+            for (int64_t rest = i; rest < n; rest++) to = std::fma(w[row * n + rest], x[t][rest], to);
+        }
 }
 
 inline float dot(const float *w, const float *x, int64_t n) {

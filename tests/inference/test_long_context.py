@@ -64,6 +64,16 @@ def config_with(rope: dict[str, Any], positions: int = 64) -> LlamaConfig:
 
 
 @pytest.mark.parametrize("name", SCALINGS)
+def test_one_position_has_the_rows_of_its_sequences_end(name: str) -> None:
+    rope = Rope({"rope_theta": 10000.0, "max_position_embeddings": 16, **SCALINGS[name]}, 16, 64, torch.float32)
+    for position in (0, 15, 16, 40):
+        # A sequence's last token: what length it ends is what `dynamic` goes by.
+        rows = rope.rows(torch.arange(position + 1), [position + 1])
+        for row, wanted in zip(rope.row(position), rows, strict=True):
+            assert torch.equal(row, wanted[-1])
+
+
+@pytest.mark.parametrize("name", SCALINGS)
 def test_a_scaled_rope_gives_transformers_logits(name: str, tmp_path: Path, make_checkpoint: Any) -> None:
     # Dynamic scaling starts behind the trained length: of 16 here.
     path = make_checkpoint(tmp_path / "scaled", config_with(SCALINGS[name], 16 if name == "dynamic" else 64))

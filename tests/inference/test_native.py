@@ -220,6 +220,17 @@ def test_products_are_those_of_the_weight(
     assert torch.equal(layer(beside)[at], found)
 
 
+@given(st.booleans(), st.integers(1, 30), st.integers(1, 50), st.integers(1, FEW_TOKENS), st.integers(0, 99))
+def test_floats_of_any_shape(half: bool, rows: int, columns: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator).half().float()
+    bias, x = torch.randn(rows, generator=generator), torch.randn(tokens, columns, generator=generator)
+    layer = linear.dense(weight, bias if seed % 2 else None, half)
+    found = layer.few(x)
+    torch.testing.assert_close(found, functional.linear(x, weight, bias if seed % 2 else None), atol=1e-4, rtol=1e-5)
+    assert all(torch.equal(layer.few(token[None])[0], row) for token, row in zip(x, found, strict=True))
+
+
 @given(
     st.sampled_from([torch.float32, torch.float16]),
     st.integers(1, 3),

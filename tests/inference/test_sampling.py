@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from inference.sampling import Sampler, Sampling, choose, penalize, probabilities
+from inference.sampling import Sampler, Sampling, choose, likeliest, penalize, probabilities
 from inference.text import TextStream
 from quantize.errors import InputError
 
@@ -33,6 +33,12 @@ def test_a_choice_is_among_the_top_k(logits: list[float], top_k: int, seed: int)
     assert better < (top_k or len(logits))
     assert values[choose(values, Sampling(), generator)] == values.max()
     assert values[choose(values, Sampling(5.0, 1), generator)] == values.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lowest_of_the_likeliest_tokens_is_taken(dtype: torch.dtype) -> None:
+    assert likeliest(torch.tensor([1.0, 3.0, -2.0, 3.0, 2.0], dtype=dtype)) == 1
+    assert likeliest(torch.full((9,), float("-inf"), dtype=dtype)) == 0
 
 
 def test_choices_follow_the_softmax_at_the_temperature() -> None:
