@@ -87,7 +87,7 @@ def likeliest(logits: Tensor) -> int:
     """The token of the largest of ``logits``, floating ``[vocab_size]``; of several the lowest id."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         # 10 microseconds for 49,152 where torch's takes 130.
-        return int(logits.numpy().argmax())
+        return int(logits.detach().numpy().argmax())
     return int(logits.argmax())
 
 

@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr int64_t LINE = 64;  // bytes of memory that are fetched together
-
 // What one thread has found, for each head: a sum of values weighted by e^(score - largest), that largest, the weights' sum.
 struct Partial {
     float *values, *largest, *sums;  // [heads][n], [heads], [heads]

@@ -16,6 +16,7 @@ using half = _Float16;
 namespace {
 
 constexpr int64_t WIDTH = 8;
+constexpr int64_t LINE = 64;     // bytes of memory that are fetched together
 constexpr int64_t AHEAD = 1024;  // bytes before a weight is needed; a page's end stops the processor's own prefetching
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -99,7 +100,7 @@ void dots(const float *w, const float *const *x, int64_t n, float *out, int64_t 
     int64_t i = 0, step = fetch.step(ROWS * WIDTH * sizeof(float)), bytes = ROWS * n * sizeof(float);
     const char *next = (const char *)w + bytes + fetch.pass * bytes / fetch.passes;  // of the rows behind these
     for (; i + WIDTH <= n; i += WIDTH, next += step) {
-        for (int64_t at = 0; at < step; at += 64) __builtin_prefetch(next + at);
+        for (int64_t at = 0; at < step; at += LINE) __builtin_prefetch(next + at);
         Eight parts[ROWS];
         for (int row = 0; row < ROWS; row++) parts[row] = load(w + row * n + i);
         for (int t = 0; t < TOKENS; t++) {
