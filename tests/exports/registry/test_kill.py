@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,24 +16,35 @@ from exports.registry.upkeep import registry_problems
 
 KILLS = 20
 _PUBLISHER = """
-import sys
+import itertools, os, signal, sys, threading
 from pathlib import Path
 from exports.registry.local import connect
 from exports.registry.release import assemble
 from exports.registry.transfer import publish
 release = assemble(Path(sys.argv[2]), {"README.md": ("card", b"# new")}, {"name": "tiny"})
 registry = connect("local", sys.argv[1])
-print("ready", flush=True)
+last, calls = int(sys.argv[3]), itertools.count(1)
+def count(frame, event, function):
+    if event in ("c_call", "c_return") and next(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+threading.setprofile(count)
+sys.setprofile(count)
 publish(registry, "tiny", "latest", release)
+sys.setprofile(None)
+print(next(calls))
 """
 
 
-def _start(registry: LocalRegistry, artifact: Path) -> subprocess.Popen[bytes]:
+def _publish(registry: LocalRegistry, artifact: Path, last: int = 0) -> int | None:
+    """Publish in a process that is killed before or after its ``last``-th call into C, files and threads included.
+
+    Calls, not seconds: a busy machine kills at the same places. The number of calls made, or None where it was killed.
+    """
     root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", _PUBLISHER, registry.location, str(artifact)]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    return process
+    command = [sys.executable, "-c", _PUBLISHER, registry.location, str(artifact), str(last)]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode in (0, -signal.SIGKILL)
+    return None if done.returncode else int(done.stdout)
 
 
 def _blobs(registry: LocalRegistry) -> dict[str, int]:
@@ -46,23 +56,17 @@ def test_killed_at_random_points_it_shows_the_old_release_or_the_new_one(
 ) -> None:
     old, artifact = make_release("old"), make_artifact("new", seed=1, files=24, size=400_000)
     new = assemble(artifact, {"README.md": ("card", b"# new")}, {"name": "tiny"})
-    timed = connect("local", str(tmp_path / "timed"))
-    publish(timed, "tiny", "latest", old)
-    process = _start(timed, artifact)
-    started = time.perf_counter()
-    assert process.wait(60) == 0
-    whole = time.perf_counter() - started
+    counted = connect("local", str(tmp_path / "counted"))
+    publish(counted, "tiny", "latest", old)
+    whole = _publish(counted, artifact)
+    assert whole is not None
 
     registry = connect("local", str(tmp_path / "registry"))
     publish(registry, "tiny", "latest", old)
     rng, shown, interrupted = random.Random(0), set[str](), 0
     for kill in range(KILLS):
         before = _blobs(registry)
-        process = _start(registry, artifact)
-        time.sleep(rng.random() * whole)
-        process.kill()
-        interrupted += process.wait(60) == -signal.SIGKILL
-        process.stdout and process.stdout.close()
+        interrupted += _publish(registry, artifact, rng.randrange(1, whole)) is None
         after = _blobs(registry)
         assert before.items() <= after.items(), "a finished file was written again"
         digest = registry.tags("tiny")["latest"]
@@ -76,7 +80,7 @@ def test_killed_at_random_points_it_shows_the_old_release_or_the_new_one(
     assert interrupted >= KILLS // 2 and old.digest in shown
 
     before = _blobs(registry)
-    assert _start(registry, artifact).wait(60) == 0
+    assert _publish(registry, artifact) is not None
     assert registry.tags("tiny")["latest"] == new.digest
     assert before.items() <= _blobs(registry).items()
     assert registry_problems(registry) == [] and list((registry.directory / "tmp").iterdir()) == []

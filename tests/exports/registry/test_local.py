@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -113,14 +113,15 @@ def test_compare_and_swap_of_tags(registry: LocalRegistry, make_release: MakeRel
         registry.set_tag("tiny", "v1", "sha256:" + "0" * 64)
 
 
-def _race(location: str, release: Release, start: float, results: multiprocessing.Queue[str]) -> None:
+def _race(location: str, release: Release, barrier: Barrier, results: multiprocessing.Queue[str]) -> None:
     registry = connect("local", location)
 
     # Both look at the tag before either moves it: as publishers do whose pushing takes a while.
-    push = registry.push
+    push, waits = registry.push, iter([barrier.wait])
 
     def slow(name: str, entries: object) -> int:
-        time.sleep(max(0.0, start - time.time()))
+        for wait in waits:  # before the first push only
+            wait(60)
         return push(name, entries)  # type: ignore[arg-type]
 
     registry.push = slow  # type: ignore[method-assign]
@@ -140,8 +141,8 @@ def test_of_publishers_of_one_tag_at_once_one_wins_whole(
         releases = [releases[0]] * 4
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[str] = context.Queue()
-    start = time.time() + 0.3
-    workers = [context.Process(target=_race, args=(registry.location, release, start, results)) for release in releases]
+    barrier = context.Barrier(len(releases))
+    workers = [context.Process(target=_race, args=(registry.location, release, barrier, results)) for release in releases]
     for worker in workers:
         worker.start()
     outcomes = sorted(results.get(timeout=60) for _ in workers)
