@@ -75,14 +75,18 @@ def against_transformers(bench: Bench) -> Row:
     return Row("our fp32 decode against `transformers.generate` fp32", 2, ratios(other, ours), detail)
 
 
-def int8_against_fp32(bench: Bench) -> Row:
-    """INT8 weights and activations against float32."""
+def int8_against_fp32(bench: Bench) -> list[Row]:
+    """INT8 weights and activations against float32, over a float32 cache and over the usual one of 16 bits."""
     ids = bench.ids(bench.prompt)
-    fast, slow = bench.turns(
-        *(lambda model=model: decode_seconds(model, ids, bench.tokens) for model in (bench.int8_step, bench.fp32_step))
+    cases = ((bench.int8_step, None), (bench.int8_step, torch.float16), (bench.fp32_step, None))
+    fast, half, slow = bench.turns(
+        *(lambda model=model, cache=cache: decode_seconds(model, ids, bench.tokens, cache) for model, cache in cases)
     )
-    detail = f"{_rate(fast)} tokens/s (weights=int8, head=int8) against {_rate(slow)}"
-    return Row("INT8 decode against our fp32 decode", 3, ratios(slow, fast), detail)
+    title, against = "INT8 decode against our fp32 decode", f"(weights=int8, head=int8) against {_rate(slow)}"
+    return [
+        Row(title, 3, ratios(slow, fast), f"float32 caches; {_rate(fast)} tokens/s {against}"),
+        Row(f"{title}, 16-bit cache", None, ratios(slow, half), f"{_rate(half)} tokens/s {against} over a float32 cache"),
+    ]
 
 
 def against_llamacpp(bench: Bench) -> list[Row]:

@@ -70,6 +70,13 @@ class Rope:
             return cosine[0], sine[0]
         return self._cosine[position], self._sine[position]
 
+    def row_in_table(self, position: int) -> tuple[int, int] | None:
+        """The addresses of :meth:`row`'s tensors, found without a torch operation; None where they are not in the table."""
+        if position >= self._tokens or (not self.relative and position >= self._trained):
+            return None
+        skipped = position * self._head_dim * self._cosine.itemsize
+        return self._cosine.data_ptr() + skipped, self._sine.data_ptr() + skipped
+
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`rows` that turn and do not lengthen: YaRN's factor is not in them."""
         return self._cosine[positions] / self._magnitude, self._sine[positions] / self._magnitude

@@ -86,8 +86,8 @@ class Sampler:
 def likeliest(logits: Tensor) -> int:
     """The token of the largest of ``logits``, floating ``[vocab_size]``; of several the lowest id."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        # 10 microseconds for 49,152 where torch's takes 130.
-        return int(logits.detach().numpy().argmax())
+        # 10 microseconds for 49,152 where torch's takes 130; detaching takes 20 more.
+        return int((logits.detach() if logits.requires_grad else logits).numpy().argmax())
     return int(logits.argmax())
 
 

@@ -23,14 +23,58 @@ struct Partial {
 // Sums of `count` values weighted by scores ([QUERIES][stride]) into `to` ([QUERIES][n]), VECTORS * WIDTH elements from `i` on.
 template <int QUERIES, int VECTORS, class Number>
 void weigh(const Number *values, int64_t count, int64_t n, const float *scores, int64_t stride, float *to) {
-    Eight sums[QUERIES][VECTORS] = {};
+    Eight sums[QUERIES][VECTORS];
+    for (auto &of_query : sums)
+        for (Eight &sum : of_query) sum = Eight{};
     for (int64_t t = 0; t < count; t++)
         for (int v = 0; v < VECTORS; v++) {
             Eight part = load(values + t * n + v * WIDTH);
-            for (int q = 0; q < QUERIES; q++) sums[q][v] += part * scores[q * stride + t];
+            for (int q = 0; q < QUERIES; q++) sums[q][v] = multiply_add(part, all(scores[q * stride + t]), sums[q][v]);
         }
     for (int q = 0; q < QUERIES; q++)
         for (int v = 0; v < VECTORS; v++) store(to + q * n + v * WIDTH, sums[q][v]);
+}
+
+// Scores of POSITIONS keys for QUERIES queries into scores ([QUERIES][stride]).
+template <int QUERIES, int POSITIONS, class Number>
+void score(const float *queries, const Number *keys, int64_t n, float *scores, int64_t stride) {
+    Eight sums[QUERIES][POSITIONS];
+    for (auto &of_query : sums)
+        for (Eight &sum : of_query) sum = Eight{};
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        Eight parts[POSITIONS];
+        for (int p = 0; p < POSITIONS; p++) parts[p] = load(keys + p * n + i);
+        for (int q = 0; q < QUERIES; q++) {
+            Eight query = load(queries + q * n + i);
+            for (int p = 0; p < POSITIONS; p++) sums[q][p] = multiply_add(parts[p], query, sums[q][p]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < QUERIES; q++)
+#pragma GCC unroll 2
+        for (int p = 0; p < POSITIONS; p++) {
+            float sum = total(sums[q][p]);
+            for (int64_t rest = i; rest < n; rest++) sum = std::fma(float(keys[p * n + rest]), queries[q * n + rest], sum);
+            scores[q * stride + p] = sum;
+        }
+}
+
+// Scores s to e^(s - largest), that largest, and their sum; `row` has room for whole vectors.
+inline void softmax(float *row, int64_t count, float &largest, float &sum) {
+    constexpr float LEAST = -std::numeric_limits<float>::infinity();
+    int64_t even = count / WIDTH * WIDTH;
+    Eight most = Eight{} + LEAST, sums{};
+    for (int64_t t = 0; t < even; t += WIDTH) most = load(row + t) > most ? load(row + t) : most;
+    largest = LEAST;
+    for (int64_t i = 0; i < WIDTH; i++) largest = std::max(largest, most[i]);
+    for (int64_t t = even; t < count; t++) largest = std::max(largest, row[t]);
+    for (int64_t t = 0; t < count; t += WIDTH) {
+        store(row + t, exponential(load(row + t) - largest));
+        if (t < even) sums += load(row + t);
+    }
+    sum = total(sums);
+    for (int64_t t = even; t < count; t++) sum += row[t];
 }
 
 // QUERIES queries ([QUERIES][n], scaled) over `count` positions of one head.
@@ -40,34 +84,18 @@ void attend(const float *queries, const Number *keys, const Number *values, int6
     constexpr int VECTORS = QUERIES == 1 ? 8 : QUERIES < 4 ? 4 : 3;  // as many sums as registers hold
     int64_t stride = (count + WIDTH - 1) / WIDTH * WIDTH, even = n / WIDTH * WIDTH, bytes = n * sizeof(Number);
     scores.resize(QUERIES * stride);
-    float largest[QUERIES];
-    std::fill(largest, largest + QUERIES, -std::numeric_limits<float>::infinity());
-    for (int64_t t = 0; t < count; t++) {
+    for (int64_t t = 0; t < count; t += 2) {
+        int64_t some = std::min<int64_t>(2, count - t);
         const Number *key = keys + t * n;
         // Values are wanted next: both are on their way, to the second cache, while keys are multiplied.
-        for (int64_t at = 0; at < bytes; at += LINE) {
+        for (int64_t at = 0; at < some * bytes; at += LINE) {
             __builtin_prefetch((const char *)key + at + 2 * AHEAD);
             __builtin_prefetch((const char *)(values + t * n) + at, 0, 2);
         }
-        Eight sums[QUERIES] = {};
-        for (int64_t i = 0; i < even; i += WIDTH) {
-            Eight part = load(key + i);
-            for (int q = 0; q < QUERIES; q++) sums[q] += part * load(queries + q * n + i);
-        }
-        for (int q = 0; q < QUERIES; q++) {
-            float score = total(sums[q]);
-            for (int64_t i = even; i < n; i++) score += float(key[i]) * queries[q * n + i];
-            scores[q * stride + t] = score;
-            largest[q] = std::max(largest[q], score);
-        }
+        if (some == 2) score<QUERIES, 2>(queries, key, n, scores.data() + t, stride);
+        if (some == 1) score<QUERIES, 1>(queries, key, n, scores.data() + t, stride);
     }
-    for (int q = 0; q < QUERIES; q++) {
-        float *row = scores.data() + q * stride, sum = 0;
-        for (int64_t t = 0; t < count; t += WIDTH) store(row + t, exponential(load(row + t) - largest[q]));
-        for (int64_t t = 0; t < count; t++) sum += row[t];
-        out.largest[head + q] = largest[q];
-        out.sums[head + q] = sum;
-    }
+    for (int q = 0; q < QUERIES; q++) softmax(scores.data() + q * stride, count, out.largest[head + q], out.sums[head + q]);
     float *to = out.values + head * n;
     int64_t i = 0;
     for (; i + VECTORS * WIDTH <= n; i += VECTORS * WIDTH)

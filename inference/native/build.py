@@ -22,7 +22,7 @@ _COMPILERS = ("g++", "c++", "clang++")
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 # What step.cpp's functions take; none gives anything back.
 _FUNCTIONS = {
-    "decode_step": (_ADDRESS, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
+    "decode_step": (_ADDRESS, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
     "multiply": (_ADDRESS, _ADDRESS, _COUNT, _ADDRESS, _COUNT),
     "attend_in_slots": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
     "attend_in_pages": (_ADDRESS, _COUNT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _COUNT, _ADDRESS, _COUNT),

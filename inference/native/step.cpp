@@ -3,9 +3,12 @@
 // inference/native/step.py compiles this file once, for the processor it runs on, and hands over pointers to the engine's own
 // tensors: weights, key/value cache, rotary table. All threads run the whole step; rows of a matrix and positions of attention
 // are shared out, small things (norms, rotations, rounding of inputs) are done by each thread for itself, which is quicker than
-// waiting for another. A barrier stands where one thread needs what another has made: five to a layer.
+// waiting for another. A barrier stands where one thread needs what another has made: five to a layer. Memory is not as fast for
+// every thread, so one that has done its rows takes some of the others'.
 
 #include <omp.h>
+
+#include <atomic>
 
 #include "attention.hpp"
 #include "product.hpp"
@@ -18,9 +21,13 @@ struct Block {
     void *keys, *values;  // [kv_heads][max_tokens][head_dim]
 };
 
+enum Width : int64_t { FLOAT, HALF, BFLOAT };  // of the embedding's numbers
+
 struct Model {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, max_tokens, half_cache, threads;
     double eps, head_eps;  // sqrt(size * eps), for the same reason
+    int64_t width;
+    const void *embedding;  // [vocabulary][hidden]
     const Block *blocks;
     const float *norm;
     Layers head;
@@ -42,16 +49,68 @@ void rotate(float *head, const float *cosine, const float *sine, int64_t n, floa
     std::copy(spare, spare + n, head);
 }
 
+constexpr int64_t PRODUCTS = 4;  // of a block
+constexpr int64_t UNIT = 8;      // rows that stay together
+
+// How many of each thread's rows are taken, product by product of a step.
+struct Taken {
+    struct alignas(LINE) Count {
+        std::atomic<int64_t> rows{0};
+    };
+    int64_t threads;
+    std::vector<Count> counts;
+
+    Taken(int64_t products, int64_t threads) : threads(threads), counts(products * threads) {}
+
+    // Calls work(range) for some ranges of `total`: first this thread's own, then those that others have not come to.
+    template <class Work>
+    void share_out(int64_t product, int64_t thread, int64_t total, Work work) {
+        for (int64_t i = 0; i < threads; i++) {
+            int64_t owner = (thread + i) % threads;
+            Range range = share(total, owner, threads, UNIT);
+            auto &taken = counts[product * threads + owner].rows;
+            for (;;) {
+                // Half of what is left at a time: few turns, and little to wait for at the end.
+                int64_t left = range.to - range.from - taken.load(std::memory_order_relaxed);
+                int64_t some = std::max(UNIT, left / 2 / UNIT * UNIT);
+                int64_t from = range.from + taken.fetch_add(some, std::memory_order_relaxed);
+                if (from >= range.to) break;
+                work(Range{from, std::min(range.to, from + some)});
+            }
+        }
+    }
+};
+
+void look_up(const Model &model, int64_t token) {
+    int64_t n = model.hidden, from = token * n;
+    auto copy = [&](auto *numbers) { std::copy(numbers + from, numbers + from + n, model.stream); };
+    if (model.width == FLOAT) copy((const float *)model.embedding);
+    if (model.width == HALF) copy((const half *)model.embedding);
+    if (model.width == BFLOAT)
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t bits = uint32_t(((const uint16_t *)model.embedding)[from + i]) << 16;
+            std::memcpy(model.stream + i, &bits, sizeof bits);
+        }
+}
+
 struct Worker {
     const Model &model;
-    int64_t thread, threads;
+    int64_t thread, threads, product = 0;
+    Taken &taken;
     std::vector<float> x, heads, spare, scores, gate, up;
-    Input input;
+    Inputs inputs;
 
-    Worker(const Model &m, int64_t thread, int64_t threads)
-        : model(m), thread(thread), threads(threads), x(std::max(m.hidden, m.heads * m.head_dim)),
+    Worker(const Model &m, int64_t thread, int64_t threads, Taken &taken)
+        : model(m), thread(thread), threads(threads), taken(taken), x(std::max(m.hidden, m.heads * m.head_dim)),
           heads((m.heads + 2 * m.kv_heads) * m.head_dim), spare(m.head_dim), gate(m.intermediate + WIDTH),
-          up(m.intermediate + WIDTH), input(std::max({m.hidden, m.intermediate, m.heads * m.head_dim})) {}
+          up(m.intermediate + WIDTH), inputs(std::max({m.hidden, m.intermediate, m.heads * m.head_dim})) {}
+
+    // Calls work(range) for some rows of the step's next product, whose input is `from`.
+    template <class Work>
+    void product_of(const Layers &layers, const float *from, int64_t total, Work work) {
+        inputs.set(layers, from);
+        taken.share_out(product++, thread, total, work);
+    }
 
     // This thread's positions for all heads. The last thread has the last one and stores what it attends to there.
     template <class Number>
@@ -81,11 +140,11 @@ struct Worker {
     }
 
     // silu(gate) * up of a range of both.
-    void feed_forward(const Layers &layers, Range range) {
+    void feed_forward(Range range) {
         int64_t middle = model.intermediate;
-        rows(layers, input, x.data(), range, [&](int64_t row, float value) { gate[row - range.from] = value; });
-        rows(layers, input, x.data(), {middle + range.from, middle + range.to},
-             [&](int64_t row, float value) { up[row - middle - range.from] = value; });
+        inputs.rows(range, [&](int64_t row, float value) { gate[row - range.from] = value; });
+        inputs.rows({middle + range.from, middle + range.to},
+                    [&](int64_t row, float value) { up[row - middle - range.from] = value; });
         for (int64_t i = 0; i < range.to - range.from; i += WIDTH) {
             Eight v = load(gate.data() + i);
             store(gate.data() + i, v / (1.0f + exponential(-v)) * load(up.data() + i));
@@ -95,13 +154,16 @@ struct Worker {
 
     void step(const float *cosine, const float *sine, int64_t position, float *logits) {
         int64_t hidden = model.hidden;
-        auto add = [&](int64_t row, float value) { model.stream[row] += value; };
-        Range qkv = share(heads.size(), thread, threads, 8), stream = share(hidden, thread, threads, 8);
-        Range middle = share(model.intermediate, thread, threads, 8);
+        auto put = [&](float *out) {
+            return [this, out](Range range) { inputs.rows(range, [=](int64_t row, float value) { out[row] = value; }); };
+        };
+        auto add = [&](Range range) {
+            inputs.rows(range, [&](int64_t row, float value) { model.stream[row] += value; });
+        };
         for (int64_t layer = 0; layer < model.layers; layer++) {
             const Block &block = model.blocks[layer];
             normalize(model.stream, block.input_norm, hidden, model.eps, x.data());
-            rows(block.qkv, input, x.data(), qkv, [&](int64_t row, float value) { model.wide[row] = value; });
+            product_of(block.qkv, x.data(), heads.size(), put(model.wide));
 #pragma omp barrier
             if (model.half_cache)
                 attention<half>(block, cosine, sine, position);
@@ -110,28 +172,30 @@ struct Worker {
 #pragma omp barrier
             for (int64_t head = 0; head < model.heads; head++)
                 combine(model.partial, threads, model.heads, head, model.head_dim, x.data() + head * model.head_dim);
-            rows(block.o, input, x.data(), stream, add);
+            product_of(block.o, x.data(), hidden, add);
 #pragma omp barrier
             normalize(model.stream, block.post_norm, hidden, model.eps, x.data());
-            feed_forward(block.gate_up, middle);
+            product_of(block.gate_up, x.data(), model.intermediate, [&](Range range) { feed_forward(range); });
 #pragma omp barrier
-            rows(block.down, input, model.wide, stream, add);
+            product_of(block.down, model.wide, hidden, add);
 #pragma omp barrier
         }
         normalize(model.stream, model.norm, hidden, model.eps, x.data());
         int64_t vocabulary = 0;
         for (int64_t part = 0; part < model.head.count; part++) vocabulary += model.head.parts[part].rows;
-        rows(model.head, input, x.data(), share(vocabulary, thread, threads, 8),
-             [&](int64_t row, float value) { logits[row] = value; });
+        product_of(model.head, x.data(), vocabulary, put(logits));
     }
 };
 
 }  // namespace
 
-// model.stream holds the token's embedding; logits [vocabulary] are written, and the cache at `position`.
-extern "C" void decode_step(const Model *model, const float *cosine, const float *sine, int64_t position, float *logits) {
+// Adds a token: logits [vocabulary] are written, and the cache at `position`.
+extern "C" void decode_step(const Model *model, int64_t token, const float *cosine, const float *sine, int64_t position,
+                            float *logits) {
+    look_up(*model, token);
+    Taken taken(PRODUCTS * model->layers + 1, model->threads);
 #pragma omp parallel num_threads(model->threads)
-    Worker(*model, omp_get_thread_num(), omp_get_num_threads()).step(cosine, sine, position, logits);
+    Worker(*model, omp_get_thread_num(), omp_get_num_threads(), taken).step(cosine, sine, position, logits);
 }
 
 // One layer on a few tokens: x [tokens][columns], out [tokens][rows]. A token's numbers do not depend on those beside it.

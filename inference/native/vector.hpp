@@ -28,6 +28,8 @@ inline Eight load(const float *from) {
     return v;
 }
 
+inline Eight all(float v) { return Eight{v, v, v, v, v, v, v, v}; }
+
 inline void store(float *to, Eight v) { std::memcpy(to, &v, sizeof v); }
 
 #ifdef X86_VECTORS
@@ -68,7 +70,9 @@ struct Fetch {
     int64_t pass = 0, passes = 1;
 
     // Where the fetching of a row of `bytes` goes on, and how much for each of its bytes.
-    const char *from(const void *row, int64_t bytes) const { return (const char *)row + AHEAD * passes + pass * bytes / passes; }
+    const char *from(const void *row, int64_t bytes, int64_t ahead = AHEAD) const {
+        return (const char *)row + ahead * passes + pass * bytes / passes;
+    }
     int64_t step(int64_t bytes) const { return bytes / passes; }
 };
 

@@ -61,7 +61,7 @@ def test_the_command_measures_writes_and_says_what_is_missing(
     assert bench_table.main([*where, *small]) == 0
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     titles = [row["title"] for row in found["rows"]]
-    assert len(titles) == 17 and len(found["left_out"]) == 1 and "llama.cpp" in found["left_out"][0]
+    assert len(titles) == 18 and len(found["left_out"]) == 1 and "llama.cpp" in found["left_out"][0]
     assert all(row["value"] > 0 for row in found["rows"])
     text = page.read_text()
     assert all(title in text for title in titles) and "Left out: against llama.cpp" in text

@@ -106,6 +106,24 @@ def test_logits_are_the_engines(checkpoint: Path, threads: int, cache: torch.dty
     assert native.cache.lengths == plain.cache.lengths == [len(TOKENS)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_embedding_of_any_width_is_looked_up(tiny_llama: Path, dtype: torch.dtype) -> None:
+    models = [load(tiny_llama, LoadOptions(native=native)) for native in (True, False)]
+    for model in models:
+        model.embedding = model.embedding.to(dtype)
+    native, plain = NativeEngine(models[0], 8), Engine(models[1], 8)
+    for engine in (native, plain):
+        engine.prefill([1])
+    for token in (0, 7, models[0].config.vocab_size - 1):
+        assert (native.decode(token) - plain.decode(token)).abs().max() < 1e-4
+    for token in (-1, models[0].config.vocab_size):
+        with pytest.raises(IndexError, match=f"token {token} of"):
+            native.decode(token)
+    models[0].embedding = models[0].embedding.double()
+    with pytest.raises(InputError, match="float64"):
+        NativeEngine(models[0], 8)
+
+
 def test_greedy_text_is_the_engines_and_a_second_one_does_not_see_the_first(checkpoint: Path) -> None:
     plain, native = both(checkpoint)
     for prompt in (TOKENS[:4], TOKENS[3:9], TOKENS[:1]):
