@@ -20,7 +20,7 @@ struct Partial {
         : values(buffer + thread * heads * (n + 2)), largest(values + heads * n), sums(largest + heads) {}
 };
 
-// Sums of `count` values weighted by scores ([QUERIES][stride]) into `to` ([QUERIES][n]), VECTORS * WIDTH elements from `i` on.
+// Sums of `count` values weighted by scores ([QUERIES][stride]) into `to` ([QUERIES][n]): the first VECTORS * WIDTH elements.
 template <int QUERIES, int VECTORS, class Number>
 void weigh(const Number *values, int64_t count, int64_t n, const float *scores, int64_t stride, float *to) {
     Eight sums[QUERIES][VECTORS];

@@ -206,7 +206,7 @@ extern "C" void multiply(const Linear *layer, const float *x, int64_t tokens, fl
         int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
 #pragma omp for
         for (int64_t token = 0; token < tokens; token++) inputs[token].prepare(*layer, x + token * layer->columns);
-        Range range = share(layer->rows, thread, count, 8);
+        Range range = share(layer->rows, thread, count, UNIT);
         int64_t row = range.from;
         if (layer->kind == FLOAT32)
             for (; row + 4 <= range.to; row += 4) four_rows(*layer, inputs.data(), tokens, row, out);
